@@ -27,7 +27,9 @@ class FrozenConfig(BaseModel):
         try:
             return cls(**options)
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or cls.__name__}: {e['msg']}" for e in error.errors())
+            faults = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or cls.__name__}: {e['msg']}" for e in error.errors()
+            )
             raise InvalidInputError(
                 f"Bad options for {cls.__name__}: {faults}.",
                 hint=f"Known options: {', '.join(sorted(cls.model_fields))}.",

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeAlias, Union
+from typing import Any, ClassVar, TypeAlias
 
 from persona_sdk.config import GenerationOptions
 from persona_sdk.errors import CompositionError
@@ -78,7 +78,9 @@ class SoftPrefix:
 
     def __post_init__(self) -> None:
         _require_digest(self.vectors, f"Vectors of {self.origin!r}")
-        _require(self.length >= 1, f"Soft prefix {self.origin!r} has length {self.length}; expected at least 1.")
+        _require(
+            self.length >= 1, f"Soft prefix {self.origin!r} has length {self.length}; expected at least 1."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,9 @@ class KVPrefix:
 
     def __post_init__(self) -> None:
         _require_digest(self.cache, f"Cache of {self.origin!r}")
-        _require(self.length >= 1, f"KV prefix {self.origin!r} has length {self.length}; expected at least 1.")
+        _require(
+            self.length >= 1, f"KV prefix {self.origin!r} has length {self.length}; expected at least 1."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +127,16 @@ class DecodingRule:
     origin: str
 
     def __post_init__(self) -> None:
-        bad = [(token, value) for token, value in self.bias if token < 0 or math.isnan(value) or value == math.inf]
-        _require(not bad, f"Decoding rule {self.origin!r} has {bad[:3]}.", "Expected token ids and finite biases or -inf.")
+        bad = [
+            (token, value)
+            for token, value in self.bias
+            if token < 0 or math.isnan(value) or value == math.inf
+        ]
+        _require(
+            not bad,
+            f"Decoding rule {self.origin!r} has {bad[:3]}.",
+            "Expected token ids and finite biases or -inf.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +150,13 @@ class Scorer:
 
     def __post_init__(self) -> None:
         _require_digest(self.module, f"Module of {self.origin!r}")
-        _require(self.candidates >= 2, f"Scorer {self.origin!r} ranks {self.candidates} candidates; expected at least 2.")
+        _require(
+            self.candidates >= 2,
+            f"Scorer {self.origin!r} ranks {self.candidates} candidates; expected at least 2.",
+        )
 
 
-PlanPart: TypeAlias = Union[LowRankPatch, SoftPrefix, KVPrefix, Passages, DecodingRule, Scorer]
+PlanPart: TypeAlias = LowRankPatch | SoftPrefix | KVPrefix | Passages | DecodingRule | Scorer
 
 PART_TYPES: Mapping[str, type] = MappingProxyType(
     {cls.kind: cls for cls in (LowRankPatch, SoftPrefix, KVPrefix, Passages, DecodingRule, Scorer)}
@@ -182,7 +197,9 @@ def check_combination(parts: tuple[PlanPart, ...]) -> None:
             "Merge some first (persona_sdk.adapters.lowrank.concatenate) or detach them.",
         )
         for other, reason in rule.excludes.items():
-            _require(other not in counts, f"{kind!r} cannot stand beside {other!r}: {reason}.", "Use one of them.")
+            _require(
+                other not in counts, f"{kind!r} cannot stand beside {other!r}: {reason}.", "Use one of them."
+            )
 
 
 @dataclass(frozen=True)
@@ -230,7 +247,9 @@ class CompositionPlan:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CompositionError):
                 raise
-            raise CompositionError(f"Not a plan: {error}.", hint="Expected the output of to_json().") from error
+            raise CompositionError(
+                f"Not a plan: {error}.", hint="Expected the output of to_json()."
+            ) from error
 
     @cached_property
     def plan_id(self) -> str:
