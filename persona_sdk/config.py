@@ -28,7 +28,8 @@ class FrozenConfig(BaseModel):
             return cls(**options)
         except ValidationError as error:
             faults = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or cls.__name__}: {e['msg']}" for e in error.errors()
+                f"{'.'.join(map(str, fault['loc'])) or cls.__name__}: {fault['msg']}"
+                for fault in error.errors()
             )
             raise InvalidInputError(
                 f"Bad options for {cls.__name__}: {faults}.",

@@ -231,8 +231,13 @@ class CompositionPlan:
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no blanks. `from_json` is its inverse."""
         parts = [{"kind": part.kind, **asdict(part)} for part in self.parts]
+        for part in parts:  # JSON has no infinity
+            if "bias" in part:
+                part["bias"] = [
+                    (token, "-inf" if value == -math.inf else value) for token, value in part["bias"]
+                ]
         data = {"base": self.base, "parts": parts, "options": self.options.model_dump()}
-        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "CompositionPlan":

@@ -37,7 +37,7 @@ def digest(bundle: TensorBundle) -> Digest:
     for name in sorted(bundle):
         tensor = bundle[name].detach().cpu().contiguous()
         sha.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -128,7 +128,7 @@ class Engine:
         plan, prompt = request.plan, request.prompt
         if plan.base != self.model.fingerprint:
             raise IncompatibleAdapterError(
-                f"The plan was made for base model {plan.base[:12]}, this one is {self.model.fingerprint[:12]}.",
+                f"The plan is for base model {plan.base[:12]}, this one is {self.model.fingerprint[:12]}.",
                 hint="Compose the plan again with the model that is loaded.",
             )
         for part in plan.parts:
