@@ -111,7 +111,7 @@ class Engine:
             self.check(request)
         return self._run(requests) if requests else iter(())
 
-    def logits(self, requests: Sequence[Request]) -> list[Float[Tensor, "tokens vocab"]]:
+    def logits(self, requests: Sequence[Request]) -> list[Float[Tensor, "_ vocab"]]:
         """Logits at every prompt position of each request, from one mixed batch."""
         for request in requests:
             self.check(request)

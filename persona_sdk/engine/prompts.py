@@ -42,7 +42,7 @@ def positions_of(mask: Int[Tensor, "rows width"]) -> Int[Tensor, "rows width"]:
 
 def soft_vectors(
     prefixes: Sequence[SoftPrefix], tensors: Mapping[Digest, TensorBundle], d_model: int
-) -> list[Float[Tensor, "length d_model"]]:
+) -> list[Float[Tensor, "_ d_model"]]:
     """The vectors of a row's soft prefixes, in order.
 
     Raises:
@@ -63,7 +63,7 @@ def soft_vectors(
 
 def lay_out(
     prompts: Sequence[Sequence[int]],
-    soft: Sequence[Sequence[Float[Tensor, "length d_model"]]],
+    soft: Sequence[Sequence[Float[Tensor, "_ d_model"]]],
     *,
     embed: nn.Module,
     pad: int,

@@ -1,0 +1,281 @@
+"""The engine's promises: base when empty, a row in a batch is that row alone, merged weights, greedy parity."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from persona_sdk.engine import Engine
+from persona_sdk.errors import (
+    CompositionError,
+    IncompatibleAdapterError,
+    InvalidInputError,
+    PromptTooLongError,
+)
+from persona_sdk.models import LanguageModel
+from persona_sdk.plan import DecodingRule, KVPrefix
+from persona_sdk.tensors import digest, freeze, low_rank_bundle, low_rank_pairs
+
+from .support import merged, patch, random_factors, request, soft_prefix
+
+PROMPTS = [(5, 60, 99, 130), (17,), (200, 201, 202, 203, 204, 205, 206), (45, 45, 300)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: LanguageModel):
+    engine = Engine(tiny)
+    yield engine
+    engine.close()
+
+
+def hf_greedy(model: LanguageModel, prompt: tuple[int, ...], **options: object) -> tuple[int, ...]:
+    out = model.module.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=12,
+        do_sample=False,
+        **options,
+    )
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_empty_plan_is_transformers_generate(engine, tiny, prompt, penalty):
+    [completion] = engine.generate([request(tiny, prompt, repetition_penalty=penalty)])
+    assert completion.tokens == hf_greedy(tiny, prompt, repetition_penalty=penalty)
+
+
+def test_empty_plan_logits_are_the_base_models_bits(engine, tiny):
+    [logits] = engine.logits([request(tiny, PROMPTS[2])])
+    with torch.inference_mode():
+        expected = tiny.module(torch.tensor([PROMPTS[2]])).logits[0]
+    assert torch.equal(logits, expected)
+
+
+def test_zero_gate_is_the_base_model(engine, tiny):
+    factors = random_factors(tiny, 1)
+    [logits] = engine.logits([request(tiny, PROMPTS[0], (patch(factors, (0.0,) * 4),), (factors,))])
+    [base] = engine.logits([request(tiny, PROMPTS[0])])
+    torch.testing.assert_close(logits, base, atol=1e-6, rtol=0)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_a_row_in_a_mixed_batch_is_the_row_alone_with_merged_weights(engine, tiny, data):
+    requests, references = [], []
+    for row in range(data.draw(st.integers(2, 5))):
+        prompt = data.draw(st.sampled_from(PROMPTS))
+        seeds = data.draw(st.lists(st.integers(0, 9), max_size=3, unique=True))
+        bundles = [random_factors(tiny, seed, rank=data.draw(st.sampled_from([1, 3, 8]))) for seed in seeds]
+        gates = [tuple(data.draw(st.floats(-1, 1, width=32)) for _ in range(patch(b).rank)) for b in bundles]
+        parts = tuple(patch(b, g) for b, g in zip(bundles, gates, strict=True))
+        requests.append(request(tiny, prompt, parts, tuple(bundles), seed=row))
+        references.append(merged(tiny, list(zip(bundles, gates, strict=True))))
+    for row, (logits, reference) in enumerate(zip(engine.logits(requests), references, strict=True)):
+        with torch.inference_mode():
+            expected = reference.module(torch.tensor([requests[row].prompt])).logits[0]
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def mixed_rows(tiny):
+    a, b, c = (random_factors(tiny, seed, rank) for seed, rank in [(1, 4), (2, 8), (3, 2)])
+    soft, vectors = soft_prefix(tiny, 4)
+    other, more = soft_prefix(tiny, 5, length=7)
+    ban = DecodingRule(bias=((7, 4.0), (9, -float("inf"))), origin="ban")
+    return [
+        request(tiny, PROMPTS[0]),
+        request(tiny, PROMPTS[1], (patch(a), patch(b)), (a, b)),
+        request(tiny, PROMPTS[2], (soft, patch(c), ban), (vectors, c), do_sample=True, seed=3),
+        request(tiny, PROMPTS[3], (soft, other), (vectors, more), do_sample=True, temperature=3.0, top_k=0),
+        request(tiny, PROMPTS[0], (patch(c),), (c,), do_sample=True, top_p=0.7, repetition_penalty=1.3),
+    ]
+
+
+def test_tokens_of_every_row_equal_its_solo_run(engine, tiny):
+    rows = mixed_rows(tiny)
+    assert engine.generate(rows) == [engine.generate([row])[0] for row in rows]
+    assert engine.generate(rows[::-1]) == engine.generate(rows)[::-1]
+
+
+def test_same_seed_same_tokens_and_another_seed_differs(engine, tiny):
+    def run(seed: int) -> tuple[int, ...]:
+        row = request(tiny, PROMPTS[0], do_sample=True, temperature=2.0, seed=seed)
+        return engine.generate([row])[0].tokens
+
+    assert run(1) == run(1)
+    assert len({run(seed) for seed in range(5)}) > 1
+
+
+def test_soft_prefix_equals_inputs_embeds(engine, tiny):
+    soft, bundle = soft_prefix(tiny, 1)
+    [logits] = engine.logits([request(tiny, PROMPTS[0], (soft,), (bundle,))])
+    with torch.inference_mode():
+        tokens = tiny.module.get_input_embeddings()(torch.tensor([PROMPTS[0]]))
+        embeddings = torch.cat([bundle["prefix"][None], tokens], dim=1)
+        expected = tiny.module(inputs_embeds=embeddings).logits[0, soft.length :]
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
+
+
+def test_streams_interleave_and_leave_the_base_untouched(engine, tiny):
+    factors = random_factors(tiny, 1)
+    patched, plain = request(tiny, PROMPTS[0], (patch(factors),), (factors,)), request(tiny, PROMPTS[0])
+    expected = [engine.generate([patched])[0].tokens, engine.generate([plain])[0].tokens]
+    streams = [engine.stream([patched]), engine.stream([plain])]
+    seen: list[list[int]] = [[], []]
+    for _ in range(3):
+        for stream, tokens in zip(streams, seen, strict=True):
+            tokens.append(next(stream).token)
+        assert hf_greedy(tiny, PROMPTS[0]) == expected[1]  # direct use of the model meanwhile
+    assert [tuple(tokens) for tokens in seen] == [tokens[:3] for tokens in expected]
+    streams[0].close()
+    assert engine.generate([plain])[0].tokens == expected[1]
+
+
+def test_end_token_and_should_stop_end_a_row(engine, tiny):
+    tokens = engine.generate([request(tiny, PROMPTS[0])])[0].tokens
+    stop_at = request(tiny, PROMPTS[0])
+    stop_at = type(stop_at)(prompt=stop_at.prompt, plan=stop_at.plan, should_stop=lambda seen: len(seen) == 3)
+    assert engine.generate([stop_at])[0] == engine.generate([stop_at, request(tiny, PROMPTS[2])])[0]
+    assert engine.generate([stop_at])[0].tokens == tokens[:3]
+    end = DecodingRule(bias=((2, 1000.0),), origin="end now")
+    assert engine.generate([request(tiny, PROMPTS[0], (end,))])[0].tokens == (2,)
+    assert len(engine.generate([request(tiny, PROMPTS[0], (end,), ignore_eos=True)])[0].tokens) == 12
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def ops_of_one_decode_step(engine: Engine, model: LanguageModel, distinct: int, rows: int = 8) -> int:
+    bundles = [random_factors(model, seed) for seed in range(distinct)]
+    requests = [
+        request(model, PROMPTS[0], (patch(bundles[i % distinct]),), tuple(bundles)) for i in range(rows)
+    ]
+    stream = engine.stream(requests)
+    for _ in range(rows):  # the prefill's tokens
+        next(stream)
+    with CountOps() as ops:
+        next(stream)
+    stream.close()
+    return ops.count
+
+
+def test_ops_of_a_step_do_not_depend_on_the_number_of_distinct_adapters(engine, tiny):
+    counts = {distinct: ops_of_one_decode_step(engine, tiny, distinct) for distinct in (1, 2, 8)}
+    assert len(set(counts.values())) == 1
+    assert counts[1] > 100  # the counter sees the step
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma"])
+def test_other_architectures(family):
+    from transformers import (
+        GemmaConfig,
+        GemmaForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    shared = {"vocab_size": 384, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    torch.manual_seed(0)
+    module = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **shared)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shape, **shared)),
+        "gemma": lambda: GemmaForCausalLM(GemmaConfig(**shape, **shared)),
+    }[family]()
+    for parameter in module.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    from persona_sdk.testing import tiny_language_model
+
+    model = LanguageModel.from_module(family, module, tiny_language_model().tokenizer)
+    engine = Engine(model)
+    factors = random_factors(model, 1)
+    rows = [request(model, PROMPTS[0], (patch(factors),), (factors,)), request(model, PROMPTS[2])]
+    reference = merged(model, [(factors, (1.0,) * 4)])
+    with torch.inference_mode():
+        expected = reference.module(torch.tensor([PROMPTS[0]])).logits[0]
+    torch.testing.assert_close(engine.logits(rows)[0], expected, atol=1e-5, rtol=1e-5)
+    assert engine.generate(rows)[1].tokens == hf_greedy(model, PROMPTS[2])
+    assert engine.generate(rows)[0].tokens == hf_greedy(reference, PROMPTS[0])
+
+
+def test_closing_takes_the_hooks_off():
+    from persona_sdk.testing import tiny_language_model
+
+    model = tiny_language_model()
+    Engine(model).close()
+    assert not any(module._forward_hooks for module in model.module.modules())
+
+
+class TestBadInput:
+    def test_plan_of_another_base(self, engine, tiny):
+        from persona_sdk.testing import tiny_language_model
+
+        with pytest.raises(IncompatibleAdapterError, match="base model"):
+            engine.generate([request(tiny_language_model(seed=1), PROMPTS[0])])
+
+    def test_part_it_cannot_execute(self, engine, tiny):
+        cache = KVPrefix(cache="0" * 64, length=2, origin="notes")
+        with pytest.raises(CompositionError, match="cannot execute a 'kv_prefix'"):
+            engine.stream([request(tiny, PROMPTS[0], (cache,))])
+
+    def test_missing_tensors(self, engine, tiny):
+        factors = random_factors(tiny, 1)
+        with pytest.raises(CompositionError, match="does not carry the tensors"):
+            engine.generate([request(tiny, PROMPTS[0], (patch(factors),))])
+
+    def test_unknown_module_and_wrong_shape(self, engine, tiny):
+        stray = low_rank_bundle({"model.nothing": (torch.ones(2, 4), torch.ones(4, 2))})
+        with pytest.raises(IncompatibleAdapterError, match=r"model\.nothing"):
+            engine.generate([request(tiny, PROMPTS[0], (patch(stray),), (stray,))])
+        path = next(iter(tiny.linear_shapes()))
+        wrong = low_rank_bundle({path: (torch.ones(2, 4), torch.ones(4, 2))})
+        with pytest.raises(IncompatibleAdapterError, match="expects d_in, d_out"):
+            engine.generate([request(tiny, PROMPTS[0], (patch(wrong),), (wrong,))])
+
+    def test_a_factor_without_its_partner(self, engine, tiny):
+        path, A, _ = next(low_rank_pairs(random_factors(tiny, 1)))
+        whole = random_factors(tiny, 1)
+        broken = freeze({f"{path}.A": A})
+        part = patch(whole)
+        part = type(part)(factors=digest(broken), rank=4, gate=part.gate, origin="broken")
+        with pytest.raises(IncompatibleAdapterError, match="no B"):
+            engine.generate([request(tiny, PROMPTS[0], (part,), (broken,))])
+
+    def test_soft_prefix_of_another_width(self, engine, tiny):
+        soft, _ = soft_prefix(tiny, 1)
+        narrow = freeze({"prefix": torch.ones(soft.length, 5)})
+        part = type(soft)(vectors=digest(narrow), length=soft.length, origin="narrow")
+        with pytest.raises(IncompatibleAdapterError, match="narrow"):
+            engine.generate([request(tiny, PROMPTS[0], (part,), (narrow,))])
+
+    @pytest.mark.parametrize("prompt", [(), (384,), (-1,)])
+    def test_prompt_outside_the_vocabulary(self, engine, tiny, prompt):
+        with pytest.raises(InvalidInputError):
+            engine.generate([request(tiny, prompt)])
+
+    def test_prompt_too_long(self, engine, tiny):
+        with pytest.raises(PromptTooLongError, match="do not fit"):
+            engine.generate([request(tiny, (5,) * tiny.context_length)])
+
+    def test_no_requests(self, engine):
+        assert engine.generate([]) == []
+        assert engine.logits([]) == []
