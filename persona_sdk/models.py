@@ -1,10 +1,10 @@
 """Base models and embedders: the frozen things everything else is bound to.
 
 `LanguageModel` pairs a causal LM of transformers with its tokenizer and its *fingerprint*, the SHA-256
-over architecture, tensor names, shapes and weights. Adapters carry the fingerprint of their base and are
-refused by any other. `Embedder` turns texts into unit vectors and has a fingerprint of its own.
+over architecture and weights. Adapters carry the fingerprint of their base and are refused by any other.
+It is a property of the stored weights: device, requested precision, file names and times do not enter.
 
-Where weights come from is the business of `persona_sdk.weights`.
+Where weights come from is the business of `persona_sdk.weights`; embedders are in `persona_sdk.embedders`.
 """
 
 import hashlib
@@ -12,19 +12,31 @@ import json
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from persona_sdk import weights
+from persona_sdk import hub, weights
+from persona_sdk.devices import pick_device, pick_dtype
+from persona_sdk.embedders import Embedder, SentenceEmbedder, load_embedder
 from persona_sdk.errors import ModelError
+from persona_sdk.fingerprints import recorded
 from persona_sdk.tensors import digest
 
+__all__ = [
+    "Embedder",
+    "LanguageModel",
+    "SentenceEmbedder",
+    "fingerprint_of",
+    "linear_shape",
+    "load_embedder",
+]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A frozen causal language model and its tokenizer.
 
@@ -36,37 +48,39 @@ class LanguageModel:
     module: Any
     tokenizer: Any
     fingerprint: str
-    lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
+    lock: Any = field(default_factory=threading.RLock, repr=False)
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto", dtype: str = "auto") -> "LanguageModel":
-        """Load by alias, local path or hub id.
+        """Load by alias, local path or hub id. Only safetensors are read; no code of the model is run.
 
         Args:
-            name: see `persona_sdk.weights` for the order of places that are searched.
+            name: see `persona_sdk.weights` for what is searched.
             device: ``"auto"`` takes CUDA when there is one.
             dtype: a torch dtype's name, or ``"auto"`` for float32 on CPU and bfloat16 on CUDA.
 
         Raises:
+            InvalidInputError: no such device or dtype here.
             UnknownModelError: the name leads nowhere.
+            ModelError: what is there is no causal language model, or some of its weights are missing.
             DownloadError: weights could not be fetched or failed their hash.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        where = pick_device(device)
+        precision = pick_dtype(dtype, where)
         folder = weights.resolve(name)
-        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        precision = ("bfloat16" if where.startswith("cuda") else "float32") if dtype == "auto" else dtype
-        try:
-            module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{folder} does not hold a causal language model: {error}",
-                hint="Expected a transformers folder with config.json, *.safetensors and tokenizer files.",
-            ) from error
-        mark = _cached_fingerprint(folder, module)
-        module = module.to(device=where, dtype=getattr(torch, precision))
-        return cls.from_module(name, module, tokenizer, fingerprint=mark)
+        module: Any = None
+
+        def widened() -> str:
+            nonlocal module
+            module = _load_module(folder, torch.float32)  # lossless, whatever they are stored in
+            return fingerprint_of(module)
+
+        fingerprint = recorded(folder, "language model", widened)
+        if module is None or precision is not torch.float32:
+            # Loaded anew rather than cast: .to(bfloat16) would round the float32 buffers of the rotary
+            # embedding too, which from_pretrained keeps.
+            module = _load_module(folder, precision)
+        return cls.from_module(name, module.to(where), _load_tokenizer(folder), fingerprint=fingerprint)
 
     @classmethod
     def from_module(
@@ -83,6 +97,12 @@ class LanguageModel:
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype of the weights in memory."""
+        dtype: torch.dtype = next(self.module.parameters()).dtype
+        return dtype
+
+    @property
     def d_model(self) -> int:
         """Width of the token embeddings."""
         return int(self.module.get_input_embeddings().weight.shape[1])
@@ -90,7 +110,7 @@ class LanguageModel:
     @property
     def context_length(self) -> int:
         """Tokens the model was made for, prompt and reply together."""
-        return int(getattr(self.module.config, "max_position_embeddings", 2048))
+        return int(getattr(self.module.config.get_text_config(), "max_position_embeddings", 2048))
 
     def linears(self) -> dict[str, nn.Module]:
         """The modules a low-rank patch may name: every linear map but the output head, by module path."""
@@ -108,57 +128,56 @@ class LanguageModel:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """``(d_in, d_out)`` of a linear map; GPT-2's ``Conv1D`` stores its weight the other way round."""
-    rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (int(rows), int(columns)) if isinstance(module, Conv1D) else (int(columns), int(rows))
 
 
 def fingerprint_of(module: nn.Module) -> str:
-    """SHA-256 (hex) over architecture and weights, in the precision the weights are stored in."""
+    """SHA-256 (hex) over architecture and weights, the latter widened to float32.
+
+    Besides the shapes, the architecture is what changes the function but no shape: heads and activation.
+    """
     config: Any = module.config
-    header = json.dumps([config.model_type, sorted(config.architectures or [])])
-    return hashlib.sha256(f"{header}\0{digest(dict(module.named_parameters()))}".encode()).hexdigest()
+    text = config.get_text_config()
+    heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
+    activation = getattr(text, "hidden_act", None) or getattr(text, "activation_function", None)
+    sha = hashlib.sha256(
+        json.dumps([config.model_type, sorted(config.architectures or []), heads, activation]).encode()
+    )
+    for name, parameter in sorted(module.named_parameters()):
+        sha.update(digest({name: parameter.detach().float()}).encode())
+    return sha.hexdigest()
 
 
-def _cached_fingerprint(folder: Path, module: nn.Module) -> str:
-    """Fingerprint of a folder's model, hashed once per state of its weight files."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    key = hashlib.sha256(json.dumps([str(folder.resolve()), state]).encode()).hexdigest()
-    record = weights.cache_dir() / "fingerprints" / f"{key}.json"
-    if record.exists():
-        return str(json.loads(record.read_text())["fingerprint"])
-    mark = fingerprint_of(module)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    weights.write_atomically(record, json.dumps({"fingerprint": mark, "folder": str(folder)}).encode())
-    return mark
+def _load_module(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
 
-
-@runtime_checkable
-class Embedder(Protocol):
-    """Turns texts into unit vectors."""
-
-    fingerprint: str
-    dimension: int
-
-    def encode(self, texts: list[str]) -> Float[Tensor, "n d"]:
-        """One unit vector per text, float32 on the CPU."""
-        ...
-
-
-class SentenceEmbedder:
-    """An `Embedder` over a sentence-transformers model, loaded when it is first used."""
-
-    def __init__(self, name: str = "minilm", *, device: str = "cpu") -> None:
-        from sentence_transformers import SentenceTransformer
-
-        folder = weights.resolve(name)
-        self._model = SentenceTransformer(str(folder), device=device, local_files_only=True)
-        self.dimension = int(self._model.get_embedding_dimension() or 0)
-        self.fingerprint = digest({k: v for k, v in self._model.state_dict().items()})
-
-    def encode(self, texts: list[str]) -> Float[Tensor, "n d"]:
-        """One unit vector per text, float32 on the CPU."""
-        vectors = self._model.encode(
-            texts, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
+    try:
+        with hub.quiet():
+            module, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} does not hold a causal language model: {str(error).splitlines()[0]}",
+            hint="Expected a transformers folder with config.json and *.safetensors. If it is in our cache, "
+            "delete it and it will be fetched again.",
+        ) from error
+    if absent := sorted(found["missing_keys"]) or sorted(map(str, found["mismatched_keys"])):
+        raise ModelError(
+            f"{folder} lacks {len(absent)} of the weights of {type(module).__name__}, {absent[0]} for one.",
+            hint="transformers would fill them with random numbers. Is it a causal language model?",
         )
-        return torch.as_tensor(vectors).float().cpu()
+    return module
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder} does not hold a tokenizer: {str(error).splitlines()[0]}",
+            hint="Expected tokenizer.json and tokenizer_config.json beside the weights.",
+        ) from error

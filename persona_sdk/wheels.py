@@ -163,7 +163,7 @@ def _verify(wheel: Path, source: WheelSource) -> None:
     if found != source.sha256:
         raise DownloadError(
             f"The file downloaded for {source.requirement} has SHA-256 {found}, not {source.sha256}.",
-            hint="It was damaged or replaced on the way, and has been deleted. Try again or check pip's index.",
+            hint="It was damaged or replaced on the way and is deleted. Try again or check pip's index.",
         )
 
 
