@@ -1,4 +1,4 @@
-"""The engine's promises: base when empty, a row in a batch is that row alone, merged weights, greedy parity."""
+"""The engine's promises: base when empty, a row in a batch is that row alone, greedy parity."""
 
 import pytest
 import torch
