@@ -21,7 +21,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of that name; ``"auto"`` is float32 on CPU, else bfloat16. Raises `InvalidInputError`."""
+    """The dtype of that name; ``"auto"`` is float32 on CPU, else bfloat16; raises `InvalidInputError`."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = getattr(torch, name, None)

@@ -1,0 +1,45 @@
+"""Fixtures and settings shared by all tests. Nothing here reaches a model hub."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported: it reads this once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from persona_sdk.models import LanguageModel, SentenceEmbedder
+from persona_sdk.testing import HashEmbedder, tiny_language_model
+
+# Tiny tensors gain nothing from threads, and one thread makes sums repeatable from run to run.
+torch.set_num_threads(1)
+
+# Deadlines fail on a busy machine, not on a bug. CI replays the same examples; at home they are new ones.
+settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> LanguageModel:
+    """A random two-layer llama with a real tokenizer and chat template."""
+    return tiny_language_model()
+
+
+@pytest.fixture(scope="session")
+def hash_embedder() -> HashEmbedder:
+    """An embedder without weights."""
+    return HashEmbedder()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    """The embedded default base model. Mark tests that use it with ``model``."""
+    return LanguageModel.from_pretrained("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> SentenceEmbedder:
+    """The embedded default embedder. Mark tests that use it with ``model``."""
+    return SentenceEmbedder("minilm")
