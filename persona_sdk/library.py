@@ -1,0 +1,192 @@
+"""The adapters of a store: parametric MemCubes with a name, and the attachments that use them.
+
+An adapter is a cube of its owner (a user, a group, or ``shared``) and is called ``owner/name``. Attaching
+it writes a second, small cube into the persona's own history: which adapter cube, how strong, with what
+state. So attaching is a commit, rolling back detaches, and forgetting an adapter retires every attachment.
+An attachment is pinned to one version of the adapter; attach again to take a newer one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from persona_sdk import registry
+from persona_sdk.adapters import Adapter
+from persona_sdk.config import validate_id
+from persona_sdk.errors import InvalidInputError, NotFoundError
+from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Source
+from persona_sdk.models import LanguageModel
+from persona_sdk.tensors import size_bytes
+
+SHARED = "shared"
+_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attachment:
+    """One use of an adapter by a persona."""
+
+    cube_id: str
+    name: str
+    adapter_owner: str
+    adapter_cube: str
+    adapter_revision: int
+    weight: float
+    state: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Name and revision, as written into plans: ``nurses/tone@2``."""
+        return f"{self.name}@{self.adapter_revision}"
+
+
+class AdapterLibrary:
+    """Named adapters in a memory store; reachable as ``model.adapters``."""
+
+    def __init__(self, model: LanguageModel, store: MemoryStore) -> None:
+        self._model = model
+        self._store = store
+        self._loaded: OrderedDict[str, Adapter] = OrderedDict()
+
+    def add(self, name: str, adapter: Adapter, *, sources: Sequence[MemCube] = ()) -> MemCube:
+        """File an adapter under ``owner/name`` (``name`` alone means ``shared/name``); replaces an old one.
+
+        Args:
+            name: the owner's id and a name of its own, e.g. ``"nurses/tone"``.
+            adapter: any family's adapter, made for this base model.
+            sources: the memories it was trained from. Forgetting one of them retires the adapter.
+
+        Raises:
+            IncompatibleAdapterError: made for another base model.
+        """
+        owner, title = split_name(name)
+        adapter.check_base(self._model.fingerprint, name=f"Adapter {name!r}")
+        draft = CubeDraft(
+            kind="parametric",
+            payload=adapter.tensors,
+            header=CubeHeader(
+                title=title,
+                semantic_type="adapter",
+                trust="system",
+                sources=tuple(Source.of(cube) for cube in sources),
+                attributes={
+                    "family": adapter.family,
+                    "base": adapter.base,
+                    "config": adapter.config.model_dump(mode="json"),
+                },
+            ),
+        )
+        old = [cube.id for cube in self._adapters(owner) if cube.header.title == title]
+        revision = self._store.commit(
+            owner,
+            kind=self._store.kind_of(owner) or "group",
+            add=(draft,),
+            retire=old,
+            message=f"adapter {name}",
+        )
+        return self._store.get(owner, revision.added[0])
+
+    def list(self, owner: str | None = None) -> list[str]:
+        """Names of all adapters, or of one owner's."""
+        owners = [record.id for record in self._store.personas()] if owner is None else [owner]
+        return sorted(f"{who}/{cube.header.title}" for who in owners for cube in self._adapters(who))
+
+    def get(self, name: str) -> Adapter:
+        """Load an adapter by name."""
+        return self._load(self.find(name))
+
+    def find(self, name: str) -> MemCube:
+        """The cube that holds an adapter.
+
+        Raises:
+            NotFoundError: no such adapter.
+        """
+        owner, title = split_name(name)
+        for cube in self._adapters(owner):
+            if cube.header.title == title:
+                return cube
+        known = ", ".join(self.list(owner)[:5]) or "none yet"
+        raise NotFoundError(
+            f"There is no adapter {name!r}.", hint=f"Adapters of {owner!r}: {known}. See model.adapters.add."
+        )
+
+    def attachment_draft(self, name: str, *, weight: float, state: Mapping[str, Any]) -> CubeDraft:
+        """What a persona commits to attach an adapter; checks base model and weights first."""
+        cube = self.find(name)
+        self._load(cube)
+        return CubeDraft(
+            kind="parametric",
+            header=CubeHeader(
+                title=name,
+                semantic_type="attachment",
+                trust="system",
+                sources=(Source.of(cube),),
+                attributes={
+                    "owner": cube.owner,
+                    "cube": cube.id,
+                    "revision": cube.revision,
+                    "weight": weight,
+                    "state": dict(state),
+                },
+            ),
+        )
+
+    def attachments(self, owner: str, *, revision: int | None = None) -> list[Attachment]:
+        """Everything attached to a persona at a revision, oldest first."""
+        found = []
+        for cube in self._store.cubes(owner, revision=revision, kind="parametric"):
+            if cube.header.semantic_type == "attachment":
+                data = cube.header.attributes
+                found.append(
+                    Attachment(
+                        cube_id=cube.id,
+                        name=cube.header.title,
+                        adapter_owner=data["owner"],
+                        adapter_cube=data["cube"],
+                        adapter_revision=data["revision"],
+                        weight=data["weight"],
+                        state=data["state"],
+                    )
+                )
+        return found
+
+    def load(self, attachment: Attachment) -> Adapter:
+        """The adapter an attachment is pinned to."""
+        return self._load(self._store.get(attachment.adapter_owner, attachment.adapter_cube))
+
+    def drop_cache(self) -> None:
+        """Forget loaded adapters; they are read again when needed."""
+        self._loaded.clear()
+
+    def _adapters(self, owner: str) -> list[MemCube]:
+        cubes = self._store.cubes(owner, kind="parametric")
+        return [cube for cube in cubes if cube.header.semantic_type == "adapter"]
+
+    def _load(self, cube: MemCube) -> Adapter:
+        if cube.id in self._loaded:
+            self._loaded.move_to_end(cube.id)
+            return self._loaded[cube.id]
+        data = cube.header.attributes
+        family = registry.family(data["family"])
+        assert cube.blob is not None  # an adapter cube is written with its payload or not at all
+        adapter = family(
+            base=data["base"],
+            config=family.config_type.parse(data["config"]),
+            tensors=self._store.load_blob(cube.owner, cube.blob),
+        )
+        adapter.check_base(self._model.fingerprint, name=f"Adapter {cube.owner}/{cube.header.title}")
+        self._loaded[cube.id] = adapter
+        while (
+            len(self._loaded) > 1 and sum(size_bytes(a.tensors) for a in self._loaded.values()) > _CACHE_BYTES
+        ):
+            self._loaded.popitem(last=False)
+        return adapter
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``"nurses/tone"`` -> ``("nurses", "tone")``; a bare name belongs to ``shared``."""
+    owner, slash, title = name.rpartition("/")
+    if slash and not owner:
+        raise InvalidInputError(f"{name!r} names no owner.", hint='Expected "owner/name" or "name".')
+    return validate_id(owner or SHARED, "owner"), validate_id(title, "adapter name")

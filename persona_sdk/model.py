@@ -1,0 +1,197 @@
+"""The facade: one base model, one store, any number of personas.
+
+model = PersonaModel.from_pretrained("smollm2-135m", store="personas/")
+alice = model.persona("alice", groups=["nurses"])
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from persona_sdk.compose import ChatOptions, Composer, Composition
+from persona_sdk.engine import Engine, Request
+from persona_sdk.library import AdapterLibrary
+from persona_sdk.memory import MemoryStore, Retriever, VectorIndex
+from persona_sdk.models import Embedder, LanguageModel, load_embedder
+from persona_sdk.persona import Persona
+from persona_sdk.prompting import Messages
+from persona_sdk.reply import Reply, ReplyStream, TextDecoder
+
+
+class PersonaModel:
+    """A base model that behaves differently for every persona.
+
+    Args:
+        base: the frozen base model.
+        store: where personas live.
+        embedder: turns memories and queries into vectors; a name is loaded when it is first needed.
+    """
+
+    def __init__(self, base: LanguageModel, store: MemoryStore, embedder: str | Embedder = "minilm") -> None:
+        self.base = base
+        self.store = store
+        self.adapters = AdapterLibrary(base, store)
+        self._embedder = embedder
+        self._index = VectorIndex(store)
+        self._engine = Engine(base)
+        self._composer = Composer(base, store, self.adapters, lambda *args: self.retriever.recall(*args))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | LanguageModel = "smollm2-135m",
+        *,
+        store: str | Path = "personas",
+        embedder: str | Embedder = "minilm",
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> Self:
+        """Open a store with a base model.
+
+        Args:
+            name: alias, local path or hub id of a causal LM, or one that is already loaded.
+            store: folder of the store; made if it does not exist.
+            embedder: alias, path or hub id of a sentence-transformers model, or an `Embedder`.
+            device: ``"auto"`` takes CUDA when there is one.
+            dtype: a torch dtype's name; ``"auto"`` is float32 on CPU and bfloat16 on CUDA.
+
+        Raises:
+            UnknownModelError: the name leads nowhere.
+            StoreError: the folder cannot be opened as a store.
+        """
+        opened = MemoryStore.open(store)
+        try:
+            loaded = name
+            if isinstance(loaded, str):
+                loaded = LanguageModel.from_pretrained(loaded, device=device, dtype=dtype)
+            return cls(loaded, opened, embedder)
+        except BaseException:
+            opened.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the store and take the hooks off the base model."""
+        self._engine.close()
+        self.store.close()
+
+    def persona(self, persona_id: str, *, groups: Sequence[str] | None = None) -> Persona:
+        """The handle of a user. Nothing is written unless `groups` is given and differs.
+
+        Raises:
+            InvalidInputError: the id is unusable, or a group has the user's own id.
+        """
+        persona = Persona(self, persona_id)
+        if groups is not None:
+            persona.join(groups)
+        return persona
+
+    def group(self, group_id: str) -> Persona:
+        """The handle of a group: its memories and attachments apply to every member."""
+        return Persona(self, group_id, kind="group")
+
+    def import_persona(self, path: str | Path, *, as_id: str | None = None) -> Persona:
+        """Read an archive made by `Persona.export`, under its own id or another.
+
+        Raises:
+            ArchiveError: damaged, unsafe, or the id is taken; nothing was written.
+        """
+        owner = self.store.import_archive(Path(path), as_id=as_id)
+        return Persona(self, owner, kind=self.store.kind_of(owner) or "user")
+
+    def chat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
+        """The base model's own answer: an empty plan, nobody's memory."""
+        return self.chat_batch([(None, messages)], seed=seed, **options)[0]
+
+    def chat_batch(
+        self, requests: Sequence[tuple[Persona | None, Messages]], *, seed: int = 0, **options: Any
+    ) -> list[Reply]:
+        """Answer many personas in one heterogeneous batch; ``None`` is the base model.
+
+        Every row gets what it would get alone. All requests are planned, or none runs.
+        """
+        chat_options = ChatOptions.parse(options)
+        composed = [self._compose(persona, messages, chat_options) for persona, messages in requests]
+        decoder = TextDecoder(self.base.tokenizer, chat_options.stop_strings)
+        completions = self._engine.generate([self._request(c, seed, decoder) for c in composed])
+        return [
+            self._reply(composition, completion.tokens, completion.finish_reason, seed, decoder)
+            for composition, completion in zip(composed, completions, strict=True)
+        ]
+
+    def stream(
+        self, persona: Persona | None, messages: Messages, *, seed: int = 0, **options: Any
+    ) -> ReplyStream:
+        """Answer piece by piece. The plan is made, and bad input refused, before the first piece."""
+        chat_options = ChatOptions.parse(options)
+        composition = self._compose(persona, messages, chat_options)
+        decoder = TextDecoder(self.base.tokenizer, chat_options.stop_strings)
+        steps = self._engine.stream([self._request(composition, seed, decoder)])
+        tokens: list[int] = []
+        reason = "length"
+
+        def pieces() -> Iterator[str]:
+            nonlocal reason
+            sent = ""
+            for step in steps:
+                tokens.append(step.token)
+                reason = step.finish_reason or reason
+                text = decoder.text(tokens) if step.finish_reason else decoder.settled(tokens)
+                if len(text) > len(sent):
+                    yield text[len(sent) :]
+                    sent = text
+
+        return ReplyStream(pieces(), lambda: self._reply(composition, tuple(tokens), reason, seed, decoder))
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The text embedder, loaded on first use."""
+        return load_embedder(self._embedder)
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """Search over memories."""
+        return Retriever(self.store, self._index, self.embedder)
+
+    def drop_caches(self) -> None:
+        """Drop everything derived that is held in memory; it is rebuilt when needed."""
+        self.adapters.drop_cache()
+        self._index.drop()
+
+    def _compose(self, persona: Persona | None, messages: Messages, options: ChatOptions) -> Composition:
+        if persona is None:
+            return self._composer.compose(None, messages, options)
+        return self._composer.compose(persona.id, messages, options, persona.groups)
+
+    @staticmethod
+    def _request(composition: Composition, seed: int, decoder: TextDecoder) -> Request:
+        return Request(
+            prompt=composition.prompt,
+            plan=composition.plan,
+            tensors=composition.tensors,
+            seed=seed,
+            should_stop=decoder.stopped if composition.plan.options.stop_strings else None,
+        )
+
+    @staticmethod
+    def _reply(
+        composition: Composition, tokens: tuple[int, ...], reason: str, seed: int, decoder: TextDecoder
+    ) -> Reply:
+        return Reply(
+            text=decoder.text(tokens),
+            tokens=tokens,
+            finish_reason=reason,
+            persona=composition.persona,
+            revisions=composition.revisions,
+            plan=composition.plan,
+            seed=seed,
+            prompt_tokens=composition.prompt,
+            citations=composition.passages,
+            dropped_turns=composition.dropped_turns,
+        )

@@ -1,0 +1,234 @@
+"""The bound handle for one user or one group: everything an application does with a persona.
+
+Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes (`remember`, `attach`,
+`detach`, `rollback`, `forget`) are commits: each makes one new revision, whole or not at all.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_sdk.config import validate_id
+from persona_sdk.errors import InvalidInputError, NotFoundError
+from persona_sdk.library import SHARED, split_name
+from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Passage, Receipt, Revision
+from persona_sdk.prompting import Messages
+from persona_sdk.reply import Explanation, Reply, ReplyStream
+
+if TYPE_CHECKING:
+    from persona_sdk.model import PersonaModel
+
+MAX_TEXT = 20_000
+
+
+class Persona:
+    """One user or one group of a `PersonaModel`. Get one from `PersonaModel.persona` or `.group`."""
+
+    def __init__(self, model: "PersonaModel", persona_id: str, *, kind: str = "user") -> None:
+        self.id = validate_id(persona_id)
+        self.kind = kind
+        self._model = model
+        self._store = model.store
+
+    def __repr__(self) -> str:
+        return f"Persona({self.id!r}, kind={self.kind!r}, revision={self.revision})"
+
+    @property
+    def revision(self) -> int:
+        """Number of the newest revision; 0 before the first write."""
+        return self._store.head(self.id)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Ids of the groups this persona belongs to, in the order they apply."""
+        return self._store.groups(self.id)
+
+    # Conversation -------------------------------------------------------------------------------------
+
+    def chat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
+        """Answer a message, or a list of ``{"role", "content"}`` turns. Learns nothing.
+
+        Args:
+            messages: what was said; the last turn is the user's.
+            seed: of the sampling stream; greedy decoding does not use it.
+            **options: see `persona_sdk.compose.ChatOptions` (``max_new_tokens``, ``do_sample``, ...).
+        """
+        return self._model.chat_batch([(self, messages)], seed=seed, **options)[0]
+
+    async def achat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
+        """`chat` without blocking the event loop."""
+        return await asyncio.to_thread(self.chat, messages, seed=seed, **options)
+
+    def stream(self, messages: Messages, *, seed: int = 0, **options: Any) -> ReplyStream:
+        """Answer piece by piece; the stream's ``.reply`` is the whole answer. Arguments as for `chat`."""
+        return self._model.stream(self, messages, seed=seed, **options)
+
+    def explain(self, reply: Reply) -> Explanation:
+        """Which memories, adapters and rules made a reply of this persona.
+
+        Raises:
+            InvalidInputError: the reply belongs to somebody else.
+        """
+        if reply.persona != self.id:
+            raise InvalidInputError(
+                f"This reply was given to {reply.persona!r}, not to {self.id!r}.",
+                hint="Explain a reply with the persona that received it.",
+            )
+        return Explanation(reply)
+
+    # Memory -------------------------------------------------------------------------------------------
+
+    def remember(
+        self, text: str, *, title: str = "", tags: Sequence[str] = (), semantic_type: str = "fact"
+    ) -> MemCube:
+        """Store one text as a memory of this persona and return its cube."""
+        return self.remember_all([text], title=title, tags=tags, semantic_type=semantic_type)[0]
+
+    def remember_all(
+        self,
+        texts: Sequence[str],
+        *,
+        title: str = "",
+        tags: Sequence[str] = (),
+        semantic_type: str = "fact",
+    ) -> list[MemCube]:
+        """Store several texts in one revision: all of them, or none.
+
+        Raises:
+            InvalidInputError: a text is blank or longer than `MAX_TEXT` characters.
+            StoreFullError: no room; nothing was stored.
+        """
+        for index, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise InvalidInputError(f"Text {index} is empty.", hint="Give some text to remember.")
+            if len(text) > MAX_TEXT:
+                raise InvalidInputError(
+                    f"Text {index} has {len(text)} characters.",
+                    hint=f"Split it; at most {MAX_TEXT} fit one memory.",
+                )
+        if not texts:
+            return []
+        embedder = self._model.embedder
+        vectors = embedder.encode(list(texts))
+        drafts = [
+            CubeDraft(
+                kind="plaintext",
+                text=text,
+                header=CubeHeader(title=title, semantic_type=semantic_type, tags=tuple(tags), trust="user"),
+                vector=vector,
+                encoder=embedder.fingerprint,
+            )
+            for text, vector in zip(texts, vectors, strict=True)
+        ]
+        noun = semantic_type if len(drafts) == 1 else f"{len(drafts)} x {semantic_type}"
+        revision = self._commit(f"remember {noun}", add=drafts)
+        return [self._store.get(self.id, cube_id) for cube_id in revision.added]
+
+    def recall(self, query: str, k: int = 5) -> list[Passage]:
+        """The `k` memories nearest to a query, own and of the groups, best first."""
+        return self._model.retriever.recall((self.id, *self.groups), query, k)
+
+    def memories(self) -> list[MemCube]:
+        """All live text memories of this persona, oldest first."""
+        return self._store.cubes(self.id, kind="plaintext")
+
+    def forget(self, query_or_cube_id: str) -> Receipt:
+        """Erase one memory by cube id, or every memory that contains a phrase, and all that derives from it.
+
+        Raises:
+            NotFoundError: nothing matches; nothing was erased.
+        """
+        phrase = query_or_cube_id.strip().casefold()
+        if not phrase:
+            raise InvalidInputError("There is nothing to look for.", hint="Give a cube id or a phrase.")
+        cubes = self._store.cubes(self.id)
+        found = [cube.id for cube in cubes if cube.id == query_or_cube_id] or [
+            cube.id for cube in cubes if cube.text is not None and phrase in cube.text.casefold()
+        ]
+        if not found:
+            raise NotFoundError(
+                f"No memory of {self.id!r} is {query_or_cube_id!r} or contains it.",
+                hint="List them with memories() or look with recall().",
+            )
+        receipt = self._store.forget(self.id, found)
+        self._model.drop_caches()
+        return receipt
+
+    def forget_everything(self) -> Receipt:
+        """Erase this persona: memories, adapters, vectors and history. Only a tombstone of counts stays."""
+        receipt = self._store.forget_everything(self.id)
+        self._model.drop_caches()
+        return receipt
+
+    # Adapters -----------------------------------------------------------------------------------------
+
+    def attach(self, name: str, *, weight: float = 1.0, state: dict[str, Any] | None = None) -> Revision:
+        """Use an adapter from now on. Attaching a name again replaces the old attachment.
+
+        Args:
+            name: ``"owner/name"`` of an adapter that this persona, one of its groups or ``shared`` owns.
+            weight: strength; 1.0 is as trained.
+            state: what the family keeps per persona.
+
+        Raises:
+            NotFoundError: no such adapter within this persona's reach.
+            IncompatibleAdapterError: made for another base model.
+        """
+        if not -10 <= weight <= 10:  # false for NaN too
+            raise InvalidInputError(
+                f"weight={weight} cannot be used.", hint="Expected a number in [-10, 10]."
+            )
+        owner, _ = split_name(name)
+        if owner not in (self.id, *self.groups, SHARED):
+            raise NotFoundError(
+                f"There is no adapter {name!r} within reach of {self.id!r}.",
+                hint="A persona can attach its own adapters, its groups' and shared ones.",
+            )
+        draft = self._model.adapters.attachment_draft(name, weight=float(weight), state=state or {})
+        return self._commit(f"attach {name}", add=[draft], retire=self._attached(name))
+
+    def detach(self, name: str) -> Revision:
+        """Stop using an adapter.
+
+        Raises:
+            NotFoundError: it is not attached.
+        """
+        attached = self._attached(name)
+        if not attached:
+            raise NotFoundError(f"{name!r} is not attached to {self.id!r}.", hint="See attachments().")
+        return self._commit(f"detach {name}", retire=attached)
+
+    def attachments(self) -> list[str]:
+        """Names of the attached adapters, in the order they apply."""
+        return [attachment.name for attachment in self._model.adapters.attachments(self.id)]
+
+    # History ------------------------------------------------------------------------------------------
+
+    def history(self) -> list[Revision]:
+        """Every revision, oldest first."""
+        return self._store.history(self.id)
+
+    def rollback(self, revision: int) -> Revision:
+        """Make a new revision with the content of an old one.
+
+        Raises:
+            NotFoundError: there is no such revision.
+        """
+        return self._store.rollback(self.id, revision)
+
+    def export(self, path: str | Path) -> Path:
+        """Write this persona, history included, to one archive file."""
+        return self._store.export(self.id, Path(path))
+
+    def join(self, groups: Sequence[str]) -> None:
+        """Set the groups this persona belongs to; a commit if they change."""
+        wanted = tuple(dict.fromkeys(groups))
+        if wanted != self.groups:
+            self._commit("groups", groups=wanted)
+
+    def _attached(self, name: str) -> list[str]:
+        return [a.cube_id for a in self._model.adapters.attachments(self.id) if a.name == name]
+
+    def _commit(self, message: str, **changes: Any) -> Revision:
+        return self._store.commit(self.id, kind=self.kind, message=message, **changes)

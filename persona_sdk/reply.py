@@ -1,0 +1,143 @@
+"""What a conversation gives back: replies, streams of text, and their explanation."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from persona_sdk.memory import Passage
+from persona_sdk.plan import CompositionPlan, DecodingRule, LowRankPatch, SoftPrefix
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One answer, with everything needed to explain it and to produce it again.
+
+    ``str(reply)`` is the text. The same prompt tokens, plan and seed give the same tokens.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str
+    persona: str | None
+    revisions: Mapping[str, int]
+    plan: CompositionPlan
+    seed: int
+    prompt_tokens: tuple[int, ...] = field(repr=False)
+    citations: tuple[Passage, ...] = ()
+    dropped_turns: int = 0
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def plan_id(self) -> str:
+        """Content hash of the plan."""
+        return self.plan.plan_id
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens read and written."""
+        return Usage(len(self.prompt_tokens), len(self.tokens))
+
+
+class ReplyStream:
+    """Pieces of text as they are made; ``.reply`` is the whole answer once the stream is exhausted."""
+
+    def __init__(self, pieces: Iterator[str], finish: Callable[[], Reply]) -> None:
+        self._pieces = pieces
+        self._finish = finish
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer; reads the rest of the stream first."""
+        for _ in self._pieces:
+            pass
+        return self._finish()
+
+
+class TextDecoder:
+    """Text of a growing list of tokens, cut at the first stop string and never inside a character."""
+
+    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stop_strings
+
+    def text(self, tokens: list[int] | tuple[int, ...]) -> str:
+        """The final text of these tokens."""
+        text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text
+
+    def stopped(self, tokens: list[int] | tuple[int, ...]) -> bool:
+        """Whether a stop string has appeared."""
+        if not self._stops:
+            return False
+        text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return any(stop in text for stop in self._stops)
+
+    def settled(self, tokens: list[int] | tuple[int, ...]) -> str:
+        """The part of the text that later tokens cannot change any more."""
+        text = self.text(tokens).rstrip("\ufffd")  # an unfinished multi-byte character
+        pending = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return text[: len(text) - max(pending, default=0)]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a reply came out as it did. Prints as text; ``rich`` renders it as a table."""
+
+    reply: Reply
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What was used, as (what, detail) pairs."""
+        reply = self.reply
+        rows = [
+            ("persona", reply.persona or "(base model)"),
+            ("revisions", ", ".join(f"{owner}@{n}" for owner, n in reply.revisions.items()) or "-"),
+        ]
+        for part in reply.plan.parts:
+            if isinstance(part, LowRankPatch):
+                low, high = min(part.gate), max(part.gate)
+                gate = f"{low:g}" if low == high else f"{low:g}..{high:g}"
+                detail = f"{part.origin}  rank {part.rank}, gate {gate}, weights {part.factors[:12]}"
+                rows.append(("adapter", detail))
+            elif isinstance(part, SoftPrefix):
+                rows.append(("soft prefix", f"{part.origin}  {part.length} vectors {part.vectors[:12]}"))
+            elif isinstance(part, DecodingRule):
+                rows.append(("decoding rule", f"{part.origin}  {len(part.bias)} tokens"))
+        rows += [
+            ("memory", f"{passage.score:.2f}  {passage.owner}: {passage.text}") for passage in reply.citations
+        ]
+        if reply.dropped_turns:
+            rows.append(("dropped", f"{reply.dropped_turns} oldest turns did not fit"))
+        options = reply.plan.options
+        how = f"sampled, seed {reply.seed}" if options.do_sample else "greedy"
+        rows.append(("decoding", f"{how}, at most {options.max_new_tokens} tokens"))
+        rows.append(("plan", reply.plan_id[:16]))
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{what:<14}{detail}" for what, detail in self.rows())
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=None, show_header=False, box=None, padding=(0, 2, 0, 0))
+        for what, detail in self.rows():
+            table.add_row(Text(what, style="bold cyan"), Text(detail))  # Text: memories are no markup
+        return table
