@@ -1,4 +1,33 @@
-"""Placeholder docstring."""
+"""Adapter families: one file each, all with the four verbs of `persona_sdk.adapters.base`.
+
+    family   what it learns                                          reduces to
+    lora     a low-rank update of the base's linear maps             LowRankPatch
+
+Families are found by name through `persona_sdk.registry`, other packages' as well as these.
+"""
 
 if __name__ != "persona_sdk.adapters":
-    raise ImportError("Import this package as persona_sdk.adapters; 'adapters' would be a second copy of every class.")
+    raise ImportError(
+        "Import this package as persona_sdk.adapters; 'adapters' would be a second copy of every class."
+    )
+
+from persona_sdk.adapters.base import (
+    Adapter,
+    AdapterRequest,
+    ExportsPeft,
+    LearnsOnline,
+    State,
+    Update,
+)
+from persona_sdk.adapters.lora import LoRA, LoRAConfig
+
+__all__ = [
+    "Adapter",
+    "AdapterRequest",
+    "ExportsPeft",
+    "LearnsOnline",
+    "LoRA",
+    "LoRAConfig",
+    "State",
+    "Update",
+]

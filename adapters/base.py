@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeAlias, runtime_checkable
 
 from persona_sdk.config import FrozenConfig
-from persona_sdk.errors import IncompatibleAdapterError
+from persona_sdk.errors import IncompatibleAdapterError, InvalidInputError
+from persona_sdk.models import LanguageModel
 from persona_sdk.plan import Contribution
-from persona_sdk.tensors import Digest, TensorBundle, digest
+from persona_sdk.tensors import Digest, TensorBundle, digest, freeze
 
 State: TypeAlias = Mapping[str, Any]
 
@@ -38,6 +39,21 @@ class AdapterRequest:
     origin: str
     weight: float = 1.0
     text: str = ""
+
+
+def language_model(model: Any) -> LanguageModel:
+    """`model` itself, or the `LanguageModel` it keeps as ``.base``.
+
+    Raises:
+        InvalidInputError: neither.
+    """
+    found = model if isinstance(model, LanguageModel) else getattr(model, "base", None)
+    if not isinstance(found, LanguageModel):
+        raise InvalidInputError(
+            f"A {type(model).__name__} is no base model.",
+            hint="Pass a LanguageModel, or a PersonaModel, which has one as .base.",
+        )
+    return found
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,6 +77,36 @@ class Adapter(ABC):
     @abstractmethod
     def train(cls, model: Any, data: Any, config: Any = None) -> Self:
         """Train on a base model (a `LanguageModel`, or anything with one as ``.base``)."""
+
+    @classmethod
+    def from_tensors(cls, base: str, tensors: TensorBundle, config: Any = None) -> Self:
+        """Rebuild an adapter from parts that were stored: a fingerprint, a bundle, a configuration.
+
+        Args:
+            base: fingerprint of the base model.
+            tensors: the weights.
+            config: the family's configuration, or a mapping that makes one, or None for the defaults.
+
+        Raises:
+            IncompatibleAdapterError: the tensors are not a whole adapter of this family.
+        """
+        return cls(base=base, config=cls.configure(config), tensors=freeze(tensors))
+
+    @classmethod
+    def configure(cls, config: Any = None) -> Any:
+        """The family's configuration from an instance, a mapping of options, or None for the defaults.
+
+        Raises:
+            InvalidInputError: an unknown or unusable option, or the configuration of another family.
+        """
+        if config is None or isinstance(config, Mapping):
+            return cls.config_type.parse(dict(config or {}))
+        if not isinstance(config, cls.config_type):
+            raise InvalidInputError(
+                f"{cls.__name__} cannot use a {type(config).__name__}.",
+                hint=f"Pass a {cls.config_type.__name__} or a mapping of its options.",
+            )
+        return config
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> Path:

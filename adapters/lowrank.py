@@ -21,6 +21,7 @@ of the input.
 Reference: Eckart & Young 1936; concatenation as in FLoRA (Wang et al. 2024, arXiv 2409.05976).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -162,12 +163,12 @@ class Truncation:
     @property
     def error(self) -> float:
         """Frobenius error over all modules together."""
-        return sum(value**2 for value in self.errors.values()) ** 0.5
+        return math.hypot(*self.errors.values())
 
     @property
     def relative_error(self) -> float:
         """`error` over the norm of the whole update; 0 where there was nothing to lose."""
-        whole = sum(value**2 for value in self.norms.values()) ** 0.5
+        whole = math.hypot(*self.norms.values())
         return self.error / whole if whole else 0.0
 
     @property
