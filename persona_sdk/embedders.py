@@ -7,8 +7,9 @@ anything with the three members of `Embedder` will do.
 import hashlib
 import json
 import threading
+from inspect import getattr_static
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, _ProtocolMeta, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,8 +23,24 @@ from persona_sdk.fingerprints import recorded
 from persona_sdk.tensors import digest
 
 
+class _LooksOnly(_ProtocolMeta):
+    """Lets isinstance() look for names without evaluating properties, as Python 3.12 does by itself.
+
+    On 3.11 it would load the model, or raise what loading raises.
+    """
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return all(hasattr_static(instance, name) for name in ("encode", "dimension", "fingerprint"))
+
+
+def hasattr_static(instance: object, name: str) -> bool:
+    """Whether there is such an attribute; properties are not evaluated."""
+    missing = object()
+    return getattr_static(instance, name, missing) is not missing
+
+
 @runtime_checkable
-class Embedder(Protocol):
+class Embedder(Protocol, metaclass=_LooksOnly):
     """Turns texts into unit vectors."""
 
     @property

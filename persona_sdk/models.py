@@ -141,9 +141,8 @@ def fingerprint_of(module: nn.Module) -> str:
     text = config.get_text_config()
     heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
     activation = getattr(text, "hidden_act", None) or getattr(text, "activation_function", None)
-    sha = hashlib.sha256(
-        json.dumps([config.model_type, sorted(config.architectures or []), heads, activation]).encode()
-    )
+    header = json.dumps(["fingerprint-1", config.model_type, heads, activation])
+    sha = hashlib.sha256(header.encode())
     for name, parameter in sorted(module.named_parameters()):
         sha.update(digest({name: parameter.detach().float()}).encode())
     return sha.hexdigest()
