@@ -1,4 +1,37 @@
-"""Placeholder docstring."""
+"""What personas remember: versioned MemCubes in one store, found again by search, erased for good.
+
+    cube        the unit of memory: header and payload
+    store       the one way in, and all reads, scoped to one owner
+    index       nearest neighbours, exact, in memory
+    retrieval   passages for a query over several owners
+
+Truth is SQLite plus content-addressed safetensors; everything else is derived. This package knows neither
+adapters nor models: payloads are opaque tensors, and texts are data that nothing here interprets.
+"""
 
 if __name__ != "persona_sdk.memory":
-    raise ImportError("Import this package as persona_sdk.memory; 'memory' would be a second copy of every class.")
+    raise ImportError(
+        "Import this package as persona_sdk.memory; 'memory' would be a second copy of every class."
+    )
+
+from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Source, TextEncoder
+from persona_sdk.memory.erasure import Receipt
+from persona_sdk.memory.index import VectorIndex
+from persona_sdk.memory.retrieval import Passage, Retriever
+from persona_sdk.memory.revisions import PersonaRecord, Revision
+from persona_sdk.memory.store import MemoryStore
+
+__all__ = [
+    "CubeDraft",
+    "CubeHeader",
+    "MemCube",
+    "MemoryStore",
+    "Passage",
+    "PersonaRecord",
+    "Receipt",
+    "Retriever",
+    "Revision",
+    "Source",
+    "TextEncoder",
+    "VectorIndex",
+]

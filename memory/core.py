@@ -1,0 +1,123 @@
+"""What every part of an open store stands on: its connections, its one write lock, its vault.
+
+`erasure` and `archive` are written against this class and `persona_sdk.memory.reader`; callers see
+`persona_sdk.memory.MemoryStore`.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy import Connection, Engine, select
+
+from persona_sdk.errors import PersonaError, StoreError
+from persona_sdk.memory import database
+from persona_sdk.memory.database import translated
+from persona_sdk.memory.schema import cubes
+from persona_sdk.memory.vault import Vault
+from persona_sdk.tensors import Digest
+
+
+class StoreCore:
+    """An open folder: transactions, blobs and the listeners that hear of erasures."""
+
+    def __init__(self, folder: Path, engine: Engine, vault: Vault) -> None:
+        self.folder = folder
+        self.vault = vault
+        self._engine: Engine | None = engine
+        self._lock = threading.RLock()
+        self._forget_listeners: list[Callable[[str], None]] = []
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A read transaction. For modules of this package: whoever uses it names the owner in every query."""
+        with translated(self.folder), self._open_engine().connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """The one write transaction, for modules of this package; rolled back when the block raises."""
+        with (
+            self._lock,
+            translated(self.folder),
+            self._open_engine().execution_options(immediate=True).begin() as connection,
+        ):
+            yield connection
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise StoreError("The store is closed.", hint="Open it again with MemoryStore.open.")
+        return self._engine
+
+    def close(self) -> None:
+        """Close all connections; any later use of the store is a `StoreError`."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def blobs_written(self, blobs: Iterable[tuple[Digest, bytes]]) -> Iterator[None]:
+        """Write encoded blobs before the transaction of the block; take the new ones back if it fails."""
+        new: list[Digest] = []
+        try:
+            with translated(self.folder):
+                for name, data in blobs:
+                    if self.vault.write(name, data):
+                        new.append(name)
+            yield
+        except BaseException:
+            with contextlib.suppress(PersonaError):
+                self.drop_unnamed(new)
+            raise
+
+    def drop_unnamed(self, digests: Sequence[Digest]) -> dict[Digest, int]:
+        """Delete the blobs that no row names any more; their sizes. Excludes every writer meanwhile."""
+        if not digests:
+            return {}
+        with self.writing() as connection:
+            named = self._named(connection)
+            return {name: self.vault.delete(name) for name in digests if name not in named}
+
+    def sweep(self) -> None:
+        """Delete what crashes left behind. Nothing is locked when there is nothing to do."""
+        with self.reading() as connection:
+            found = self.vault.candidates(self._named(connection))
+        if found:
+            with contextlib.suppress(PersonaError), self.writing() as connection:
+                for file in self.vault.candidates(self._named(connection)):
+                    file.unlink(missing_ok=True)
+
+    @staticmethod
+    def _named(connection: Connection) -> set[Digest]:
+        return set(
+            connection.execute(select(cubes.c.blob).where(cubes.c.blob.is_not(None)).distinct()).scalars()
+        )
+
+    def on_forget(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the owner whenever cubes of it were erased."""
+        self._forget_listeners.append(listener)
+
+    def announce(self, owners: Iterable[str]) -> None:
+        """For `erasure`: tell those who asked with `on_forget`."""
+        for owner in owners:
+            for listener in self._forget_listeners:
+                listener(owner)
+
+    def scrub(self) -> bool:
+        """Make erased bytes vanish from the folder; False if another process keeps them in use."""
+        with self._lock:
+            self.sweep()
+            return database.scrub(self._open_engine(), self.folder)

@@ -1,0 +1,215 @@
+"""The unit of memory. A `MemCube` is a header plus one payload: text, or tensors named by their digest.
+
+    kind         payload
+    plaintext    text
+    activation   tensors: KV caches, user embeddings, soft prompts
+    parametric   tensors: adapter weights, one-step updates
+
+A caller hands a `CubeDraft` to the store; the store answers with an id. Cubes never change. Text and
+attributes are data only: nothing in this package interprets them.
+
+``sources`` is provenance: the cubes this one was computed from, each with the hash its content had. It is
+what makes forgetting reach everything derived from a cube, whoever owns it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Protocol, Self, TypeAlias, get_args
+
+import torch
+from jaxtyping import Float, Float32
+from pydantic import AfterValidator, AwareDatetime, Field, JsonValue, field_validator
+from torch import Tensor
+
+from persona_sdk.config import FrozenConfig
+from persona_sdk.errors import InvalidInputError
+from persona_sdk.tensors import Digest, TensorBundle
+
+Kind: TypeAlias = Literal["plaintext", "activation", "parametric"]
+Trust: TypeAlias = Literal["user", "assistant", "tool", "import", "system"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+def utc_now() -> datetime:
+    """The present, in UTC."""
+    return datetime.now(UTC)
+
+
+def clean_text(value: str, what: str) -> str:
+    """Return `value` if it can be stored as UTF-8, else raise `InvalidInputError` without quoting it."""
+    try:
+        value.encode()
+    except (UnicodeEncodeError, AttributeError) as error:
+        raise InvalidInputError(
+            f"The {what} is not valid text.", hint="Expected a str without lone surrogates."
+        ) from error
+    return value
+
+
+UtcTime: TypeAlias = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
+
+
+class Source(FrozenConfig):
+    """A cube that another one was computed from, and the hash of its content then (`MemCube.sha256`)."""
+
+    owner: str
+    cube_id: str
+    sha256: str
+
+    @classmethod
+    def of(cls, cube: "MemCube") -> "Source":
+        """A stored cube as the provenance of another one."""
+        return cls(owner=cube.owner, cube_id=cube.id, sha256=cube.sha256)
+
+
+class CubeHeader(FrozenConfig):
+    """What is known about a cube besides its payload. ``attributes`` belong to whoever wrote the cube."""
+
+    title: str = ""
+    semantic_type: str = Field(
+        "fact", pattern=r"^[a-z][a-z0-9_]{0,63}\z", description="fact, preference, event, ..."
+    )
+    tags: tuple[str, ...] = ()
+    trust: Trust = "user"
+    sources: tuple[Source, ...] = ()
+    attributes: dict[str, JsonValue] = Field(default_factory=dict)
+    created_at: UtcTime = Field(default_factory=utc_now)
+    expires_at: UtcTime | None = None
+
+    @field_validator("attributes")
+    @classmethod
+    def _standard_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # A private copy, so that the caller's dictionary can change without changing the cube.
+        copy: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+        return copy
+
+    def expired(self, now: datetime) -> bool:
+        """Whether the cube's time has passed."""
+        return self.expires_at is not None and self.expires_at <= now
+
+
+@dataclass(frozen=True)
+class MemCube:
+    """One stored memory. ``revision`` is the one that first added it; ``blob`` names its tensors.
+
+    ``text`` is None for every kind but plaintext.
+    """
+
+    id: str
+    owner: str
+    kind: Kind
+    text: str | None
+    blob: Digest | None
+    header: CubeHeader
+    revision: int
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content: the tensors' digest, else that of text and attributes."""
+        if self.blob is not None:
+            return self.blob
+        attributes = json.dumps(self.header.attributes, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{self.text or ''}\0{attributes}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CubeDraft:
+    """A cube to be: what `MemoryStore.commit` adds.
+
+    ``vector`` is the text's embedding and ``encoder`` the fingerprint of the model that made it.
+    """
+
+    kind: Kind = "plaintext"
+    text: str | None = None
+    header: CubeHeader = field(default_factory=CubeHeader)
+    payload: TensorBundle | None = None
+    vector: Float[Tensor, "d"] | None = None
+    encoder: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        text: str | None = None,
+        *,
+        kind: Kind = "plaintext",
+        payload: TensorBundle | None = None,
+        vector: Float[Tensor, "d"] | None = None,
+        encoder: str | None = None,
+        **header: Any,
+    ) -> Self:
+        """A draft with its header fields as keywords, checked.
+
+        Raises:
+            InvalidInputError: a field is unknown or wrong, or the parts do not fit the kind.
+        """
+        parsed = CubeHeader.parse(header)
+        return cls(
+            kind=kind, text=text, header=parsed, payload=payload, vector=vector, encoder=encoder
+        ).checked()
+
+    def checked(self) -> Self:
+        """Return the draft if it can be committed.
+
+        Raises:
+            InvalidInputError: the parts do not fit the kind, or the vector is unusable.
+        """
+        if self.kind not in KINDS:
+            raise InvalidInputError(
+                f"{self.kind!r} is no kind of cube.", hint=f"Known kinds: {', '.join(KINDS)}."
+            )
+        text = clean_text(self.text or "", "text of a cube")
+        if self.kind == "plaintext" and (not text.strip() or self.payload is not None):
+            found = "no text" if not text.strip() else "tensors"
+            raise InvalidInputError(
+                f"A plaintext cube was given {found}.", hint="Expected text and no payload."
+            )
+        if self.kind != "plaintext" and (
+            self.text is not None or not (self.payload or self.header.attributes)
+        ):
+            found = "nothing" if self.text is None else "text"
+            raise InvalidInputError(
+                f"A cube of kind {self.kind!r} was given {found}.",
+                hint="Expected a payload of tensors, or attributes, and no text.",
+            )
+        if self.payload is not None and not self.payload:
+            raise InvalidInputError("The payload holds no tensor.", hint="Leave it out.")
+        if (self.vector is None) != (self.encoder is None):
+            raise InvalidInputError(
+                "A vector and its encoder's fingerprint come together.", hint="Give both or neither."
+            )
+        if self.vector is not None and self.encoder is not None:
+            check_vector(self.vector, self.encoder)
+        return self
+
+
+def check_vector(vector: Tensor, encoder: str) -> Float32[Tensor, "d"]:
+    """Return `vector` as it is stored.
+
+    Raises:
+        InvalidInputError: it is not a finite 1-D float32 vector, or `encoder` is no fingerprint.
+    """
+    if not encoder or len(encoder) > 256 or not encoder.isprintable() or not encoder.isascii():
+        raise InvalidInputError(
+            "The encoder's fingerprint cannot be used.", hint="Expected 1 to 256 printable ASCII characters."
+        )
+    if vector.ndim != 1 or vector.numel() == 0 or vector.dtype != torch.float32:
+        raise InvalidInputError(
+            f"The vector has shape {tuple(vector.shape)} and dtype {vector.dtype}.",
+            hint="Expected [d], float32.",
+        )
+    if not bool(torch.isfinite(vector).all()):
+        raise InvalidInputError("The vector holds NaN or infinity.", hint="Expected finite numbers.")
+    return vector.detach().cpu().contiguous()
+
+
+class TextEncoder(Protocol):
+    """What retrieval needs of an embedder. `persona_sdk.models.Embedder` is one."""
+
+    fingerprint: str
+    dimension: int
+
+    def encode(self, texts: list[str]) -> Float[Tensor, "n d"]:
+        """One unit vector per text, float32 on the CPU."""
+        ...

@@ -1,0 +1,277 @@
+"""Forgetting: erase cubes, everything derived from them, and the bytes.
+
+One transaction replaces the rows of the cubes, and of all cubes that name them as sources, transitively
+and whoever owns them, by tombstones (id, time, the revisions it was live in). Messages of revisions that
+added or retired one of them are blanked, since a caller may have put anything there. Each owner concerned
+gets a revision ``forget``. Then blob files that nobody names any more are deleted, copies of the database
+from before a migration too, the database is rewritten without its free space and the WAL is emptied.
+
+A crash after the transaction leaves at most unreferenced bytes. SQLite has overwritten the rows by then
+(``secure_delete``), the next `MemoryStore.open` deletes orphaned blobs, and forgetting anything, or
+`MemoryStore.scrub`, does the rest.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from persona_sdk.errors import NotFoundError, StoreError
+from persona_sdk.memory import revisions
+from persona_sdk.memory.cube import utc_now
+from persona_sdk.memory.database import BACKUP_GLOB
+from persona_sdk.memory.reader import StoreReader
+from persona_sdk.memory.rows import CHUNK
+from persona_sdk.memory.schema import (
+    cubes,
+    erasures,
+    group_memberships,
+    memberships,
+    personas,
+    sources,
+    to_column,
+    tombstones,
+    vectors,
+)
+from persona_sdk.memory.schema import revisions as revision_rows
+from persona_sdk.tensors import Digest
+
+FORGOTTEN = "(forgotten)"
+
+_CubeKey = tuple[str, str]  # owner, cube id
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What an erasure did. It names ids and hashes only, never content, and nobody but its owner.
+
+    ``cube_ids`` are all cubes that were erased, ``derived`` how many of them only because of a source.
+    ``blobs`` are the files that were deleted; a blob that somebody else still names is not among them.
+    ``scrubbed`` is False when another process kept old bytes of the store in use; then call
+    `MemoryStore.scrub` later. ``sha256`` is that of the other fields as canonical JSON.
+    """
+
+    owner: str
+    at: datetime
+    everything: bool
+    cube_ids: tuple[str, ...]
+    derived: int
+    rows: int
+    vectors: int
+    blobs: tuple[Digest, ...]
+    bytes: int
+    scrubbed: bool
+    sha256: str = ""
+
+    def canonical(self) -> str:
+        """The fields but ``sha256`` as JSON with sorted keys."""
+        fields = {key: value for key, value in asdict(self).items() if key != "sha256"}
+        return json.dumps(fields | {"at": to_column(self.at)}, sort_keys=True, separators=(",", ":"))
+
+    def sealed(self) -> "Receipt":
+        """The receipt with its hash filled in."""
+        return replace(self, sha256=hashlib.sha256(self.canonical().encode()).hexdigest())
+
+    def verify(self, store: StoreReader | str | Path) -> bool:
+        """Look again: whether the receipt is unaltered and nothing it names is left in the store."""
+        from persona_sdk.memory.store import MemoryStore
+
+        if self.sealed().sha256 != self.sha256:
+            return False
+        if isinstance(store, StoreReader):
+            return self._nothing_left(store)
+        with MemoryStore.open(store) as opened:
+            return self._nothing_left(opened)
+
+    def _nothing_left(self, store: StoreReader) -> bool:
+        keys = [cubes.c.id, memberships.c.cube_id, vectors.c.cube_id, sources.c.cube_id, sources.c.source_id]
+        with store.reading() as connection:
+            for start in range(0, len(self.cube_ids), CHUNK):
+                part = self.cube_ids[start : start + CHUNK]
+                if any(connection.execute(select(key).where(key.in_(part)).limit(1)).first() for key in keys):
+                    return False
+            if self.everything:
+                created = select(personas.c.created_at).where(personas.c.owner == self.owner)
+                since = connection.execute(created).scalar()
+                if since is not None and since <= to_column(self.at):
+                    return False
+            named = set(
+                connection.execute(select(cubes.c.blob).where(cubes.c.blob.in_(self.blobs))).scalars()
+            )
+            if any(store.vault.holds(blob) for blob in self.blobs if blob not in named):
+                return False
+        return not any(file.stat().st_mtime < self.at.timestamp() for file in store.folder.glob(BACKUP_GLOB))
+
+
+@dataclass
+class _Tally:
+    """What the transaction erased, counted while it did."""
+
+    rows: int = 0
+    vectors: int = 0
+    bytes: int = 0
+
+
+def forget(store: StoreReader, owner: str, ids: Sequence[str]) -> Receipt:
+    """See `MemoryStore.forget`."""
+
+    def chosen(connection: Connection) -> list[str]:
+        found = set(_select_in(connection, owner, ids))
+        if missing := [cube_id for cube_id in ids if cube_id not in found]:
+            raise NotFoundError(
+                f"No cube {missing[0]!r:.60} belongs to {owner!r}.", hint="Nothing was erased."
+            )
+        if not ids:
+            raise NotFoundError("No cube to forget was named.", hint="Nothing was erased.")
+        return list(ids)
+
+    return _erase(store, owner, chosen, everything=False)
+
+
+def forget_everything(store: StoreReader, owner: str) -> Receipt:
+    """See `MemoryStore.forget_everything`."""
+
+    def chosen(connection: Connection) -> list[str]:
+        if not revisions.head(connection, owner):
+            raise NotFoundError(f"There is no persona {owner!r}.", hint="Nothing was erased.")
+        return list(connection.execute(select(cubes.c.id).where(cubes.c.owner == owner)).scalars())
+
+    return _erase(store, owner, chosen, everything=True)
+
+
+def _erase(
+    store: StoreReader, owner: str, chosen: Callable[[Connection], list[str]], *, everything: bool
+) -> Receipt:
+    at, tally = utc_now(), _Tally()
+    with store.writing() as connection:
+        asked = chosen(connection)
+        by_owner = _with_derived(connection, [(owner, cube_id) for cube_id in asked])
+        blobs = {blob for who, ids in by_owner.items() for blob in _blobs_of(connection, who, ids)}
+        for who, ids in by_owner.items():
+            if everything and who == owner:
+                continue
+            number = revisions.advance(connection, who, message="forget")
+            _bury(connection, who, ids, number, at, tally)
+        if everything:
+            _remove_persona(connection, owner, by_owner.get(owner, []), at, tally)
+    store.announce({owner, *by_owner})
+    deleted: dict[Digest, int] = {}
+    complete = True
+    try:
+        deleted = store.drop_unnamed(sorted(blobs))
+    except StoreError:  # the rows are gone already, so say what is left instead of losing the receipt
+        complete = False
+    gone = list(dict.fromkeys([*asked, *(cube_id for ids in by_owner.values() for cube_id in ids)]))
+    return Receipt(
+        owner=owner,
+        at=at,
+        everything=everything,
+        cube_ids=tuple(gone),
+        derived=len(gone) - len(asked),
+        rows=tally.rows,
+        vectors=tally.vectors,
+        blobs=tuple(deleted),
+        bytes=tally.bytes + sum(deleted.values()),
+        scrubbed=store.scrub() and complete,
+    ).sealed()
+
+
+def _with_derived(connection: Connection, start: Iterable[_CubeKey]) -> dict[str, list[str]]:
+    """The cubes and everything derived from them, by owner."""
+    found: dict[_CubeKey, None] = dict.fromkeys(start)
+    todo = list(found)
+    while todo:
+        owner, cube_id = todo.pop()
+        named = (sources.c.source_owner == owner) & (sources.c.source_id == cube_id)
+        for row in connection.execute(select(sources.c.owner, sources.c.cube_id).where(named)):
+            if (key := (row.owner, row.cube_id)) not in found:
+                found[key] = None
+                todo.append(key)
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for owner, cube_id in found:
+        grouped[owner].append(cube_id)
+    return grouped
+
+
+def _chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
+
+
+def _select_in(connection: Connection, owner: str, ids: Sequence[str]) -> list[str]:
+    query = select(cubes.c.id).where(cubes.c.owner == owner)
+    return [
+        i for part in _chunks(ids) for i in connection.execute(query.where(cubes.c.id.in_(part))).scalars()
+    ]
+
+
+def _blobs_of(connection: Connection, owner: str, ids: Sequence[str]) -> set[Digest]:
+    query = select(cubes.c.blob).where(cubes.c.owner == owner, cubes.c.blob.is_not(None))
+    return {
+        b for part in _chunks(ids) for b in connection.execute(query.where(cubes.c.id.in_(part))).scalars()
+    }
+
+
+def _bury(
+    connection: Connection, owner: str, ids: Sequence[str], number: int, at: datetime, tally: _Tally
+) -> None:
+    """Replace cubes by tombstones whose open intervals end at revision `number`."""
+    table = memberships
+    for part in _chunks(ids):
+        mine = (table.c.owner == owner) & table.c.cube_id.in_(part)
+        spans = connection.execute(select(table).where(mine).order_by(table.c.seq)).all()
+        stones = [
+            {
+                "owner": owner,
+                "cube_id": span.cube_id,
+                "at": to_column(at),
+                "from_revision": span.from_revision,
+                "to_revision": number if span.to_revision is None else span.to_revision,
+            }
+            for span in spans
+        ]
+        connection.execute(insert(tombstones), stones)
+        touched = {stone["from_revision"] for stone in stones} | {span.to_revision for span in spans}
+        numbers = revision_rows.c.number
+        written = (
+            (revision_rows.c.owner == owner) & numbers.in_(touched - {None}) & (revision_rows.c.message != "")
+        )
+        connection.execute(update(revision_rows).where(written, numbers != number).values(message=FORGOTTEN))
+    _delete_cubes(connection, owner, ids, tally)
+
+
+def _delete_cubes(connection: Connection, owner: str, ids: Sequence[str], tally: _Tally) -> None:
+    """Delete cubes with all rows that hang on them, and count."""
+    size = func.coalesce(
+        func.sum(func.length(cubes.c.header) + func.length(func.coalesce(cubes.c.text, ""))), 0
+    )
+    for part in _chunks(ids):
+        mine = (cubes.c.owner == owner) & cubes.c.id.in_(part)
+        tally.bytes += connection.execute(select(size).where(mine)).scalar_one()
+        for table in (memberships, sources, vectors):
+            hanging = (table.c.owner == owner) & table.c.cube_id.in_(part)
+            if table is vectors:
+                lengths = select(func.coalesce(func.sum(func.length(vectors.c.data)), 0)).where(hanging)
+                tally.bytes += connection.execute(lengths).scalar_one()
+            count = connection.execute(delete(table).where(hanging)).rowcount
+            tally.rows += count
+            tally.vectors += count if table is vectors else 0
+        tally.rows += connection.execute(delete(cubes).where(mine)).rowcount
+
+
+def _remove_persona(
+    connection: Connection, owner: str, ids: Sequence[str], at: datetime, tally: _Tally
+) -> None:
+    """Delete every row of a persona and leave counts under the hash of its id."""
+    _delete_cubes(connection, owner, ids, tally)
+    count = connection.execute(select(func.count()).where(revision_rows.c.owner == owner)).scalar_one()
+    for table in (tombstones, group_memberships, revision_rows, personas):
+        tally.rows += connection.execute(delete(table).where(table.c.owner == owner)).rowcount
+    counts = {"cubes": len(ids), "vectors": tally.vectors, "revisions": count}
+    hashed = hashlib.sha256(owner.encode()).hexdigest()
+    values = {"owner": hashed, "at": to_column(at), "counts": json.dumps(counts)}
+    connection.execute(insert(erasures).values(**values))

@@ -1,0 +1,157 @@
+"""Cubes and vectors as rows: how they are written, read back and scoped to one owner.
+
+Every function works inside the caller's transaction and takes the owner it is about.
+"""
+
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from sqlalchemy import Connection, Row, Select, func, insert, select
+from torch import Tensor
+
+from persona_sdk.errors import InvalidInputError, NotFoundError
+from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Source, check_vector
+from persona_sdk.memory.schema import cubes, live_at, memberships, sources, vectors
+from persona_sdk.tensors import Digest
+
+CHUNK = 500  # ids in one statement; SQLite limits the parameters of a statement
+
+
+def to_cube(row: Row[tuple[object, ...]]) -> MemCube:
+    """The cube in a row of the ``cubes`` table."""
+    header = CubeHeader.model_validate_json(row.header)
+    return MemCube(row.id, row.owner, row.kind, row.text, row.blob, header, row.revision)
+
+
+def read_cubes(
+    connection: Connection, owner: str, *, revision: int | None = None, kind: str | None = None
+) -> list[MemCube]:
+    """Cubes live at a revision, or all there ever were and were not forgotten, oldest first."""
+    query = select(cubes).where(cubes.c.owner == owner)
+    if revision is not None:
+        query = query.join(memberships).where(live_at(memberships, owner, revision))
+    if kind is not None:
+        query = query.where(cubes.c.kind == kind)
+    return [to_cube(row) for row in connection.execute(query.order_by(cubes.c.seq))]
+
+
+def lookup(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, MemCube]:
+    """The owner's cubes among `ids`, live or not; what is not there is left out."""
+    found: dict[str, MemCube] = {}
+    for start in range(0, len(ids), CHUNK):
+        query = select(cubes).where(cubes.c.owner == owner, cubes.c.id.in_(ids[start : start + CHUNK]))
+        found |= {row.id: to_cube(row) for row in connection.execute(query)}
+    return {cube_id: found[cube_id] for cube_id in ids if cube_id in found}
+
+
+def insert_cube(
+    connection: Connection,
+    owner: str,
+    draft: CubeDraft,
+    blob: Digest | None,
+    number: int,
+    cube_id: str | None = None,
+) -> str:
+    """Write a draft as a cube of revision `number`; return its id. Opens no interval."""
+    name = cube_id or uuid.uuid4().hex
+    values = {"id": name, "kind": draft.kind, "text": draft.text, "blob": blob, "revision": number}
+    connection.execute(insert(cubes).values(owner=owner, header=draft.header.model_dump_json(), **values))
+    if links := {(source.owner, source.cube_id) for source in draft.header.sources}:
+        rows = [
+            {"owner": owner, "cube_id": name, "source_owner": o, "source_id": i} for o, i in sorted(links)
+        ]
+        connection.execute(insert(sources), rows)
+    if draft.vector is not None and draft.encoder is not None:
+        insert_vectors(connection, owner, draft.encoder, {name: draft.vector})
+    return name
+
+
+def require_sources(connection: Connection, wanted: Collection[Source]) -> None:
+    """Check that every source exists with the content it is said to have had.
+
+    Something derived from a cube that was forgotten meanwhile must not outlive it.
+
+    Raises:
+        NotFoundError: one does not, or has other content.
+    """
+    for source in wanted:
+        cube = lookup(connection, source.owner, [source.cube_id]).get(source.cube_id)
+        if cube is None or cube.sha256 != source.sha256:
+            raise NotFoundError(
+                f"The source {source.cube_id!r:.60} is gone or has other content.",
+                hint="Derive from what is there now; nothing was committed.",
+            )
+
+
+def insert_vectors(connection: Connection, owner: str, encoder: str, given: Mapping[str, Tensor]) -> int:
+    """Write the vectors of cubes that have none yet for this encoder; return how many were written.
+
+    Raises:
+        InvalidInputError: a vector is unusable or of another length than the encoder's others.
+        NotFoundError: a cube is not the owner's.
+    """
+    if missing := set(given) - set(lookup(connection, owner, list(given))):
+        raise NotFoundError(
+            f"No cube {min(missing)!r:.60} belongs to {owner!r}.", hint="Nothing was written."
+        )
+    mine = (vectors.c.owner == owner) & (vectors.c.encoder == encoder)
+    bytes_long = connection.execute(select(func.length(vectors.c.data)).where(mine).limit(1)).scalar()
+    present = (
+        set(connection.execute(select(vectors.c.cube_id).where(mine)).scalars()) if len(given) > 1 else set()
+    )
+    written = 0
+    for cube_id, vector in given.items():
+        data = check_vector(vector, encoder).numpy().astype("<f4").tobytes()
+        if len(data) != (bytes_long := bytes_long or len(data)):
+            raise InvalidInputError(
+                f"A vector of length {len(data) // 4} was given.",
+                hint=f"This encoder's have {bytes_long // 4}.",
+            )
+        if cube_id not in present:
+            row = insert(vectors).prefix_with("OR IGNORE").values(cube_id=cube_id, data=data)
+            written += connection.execute(row.values(owner=owner, encoder=encoder)).rowcount
+    return written
+
+
+def to_vector(data: bytes) -> Float32[Tensor, "d"]:
+    """The vector in a row of the ``vectors`` table."""
+    return torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
+
+
+def vector_ids(connection: Connection, owner: str, encoder: str, revision: int) -> list[str]:
+    """Ids of the live cubes that have a vector of this encoder, in the order of `read_vectors`."""
+    query = _live_vectors(select(vectors.c.cube_id), owner, encoder, revision)
+    return list(connection.execute(query).scalars())
+
+
+def read_vectors(
+    connection: Connection, owner: str, encoder: str, revision: int, *, skip: int = 0
+) -> tuple[list[str], Float32[Tensor, "n d"]]:
+    """The live vectors of an encoder after the first `skip`; ``[0, 0]`` when there is none."""
+    query = _live_vectors(select(vectors.c.cube_id, vectors.c.data), owner, encoder, revision)
+    found = connection.execute(query.offset(skip)).all()
+    if not found:
+        return [], torch.zeros(0, 0)
+    flat = to_vector(b"".join(row.data for row in found))
+    return [row.cube_id for row in found], flat.reshape(len(found), -1)
+
+
+def _live_vectors(
+    query: Select[tuple[str]] | Select[tuple[str, bytes]], owner: str, encoder: str, revision: int
+) -> Select[tuple[str]] | Select[tuple[str, bytes]]:
+    same_cube = (memberships.c.owner == vectors.c.owner) & (memberships.c.cube_id == vectors.c.cube_id)
+    joined = query.select_from(vectors.join(memberships, same_cube))
+    mine = (vectors.c.owner == owner) & (vectors.c.encoder == encoder)
+    return joined.where(mine, live_at(memberships, owner, revision)).order_by(vectors.c.seq)
+
+
+def without_vector(connection: Connection, owner: str, encoder: str) -> list[MemCube]:
+    """Plaintext cubes, live or not, that have no vector of this encoder, oldest first."""
+    embedded = select(vectors.c.cube_id).where(vectors.c.owner == owner, vectors.c.encoder == encoder)
+    query = select(cubes).where(
+        cubes.c.owner == owner, cubes.c.kind == "plaintext", cubes.c.id.not_in(embedded)
+    )
+    return [to_cube(row) for row in connection.execute(query.order_by(cubes.c.seq))]

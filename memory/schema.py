@@ -1,0 +1,166 @@
+"""The tables. Every one has an ``owner`` column, and every query names the owner it is about.
+
+    personas            who exists: kind, newest revision, and a stamp that changes with every write
+    revisions           one row per commit
+    cubes               header and text; ``blob`` names a file of the vault
+    memberships         the interval of revisions in which a cube is live
+    group_memberships   the same for the groups a persona belongs to
+    sources             provenance, kept apart from the header so that forgetting can follow it
+    vectors             derived: embeddings by encoder; ``seq`` is never reused
+    tombstones          what is left of a forgotten cube: id, time and the intervals it was live in
+    erasures            what is left of a forgotten persona: counts. Its ``owner`` is the id's SHA-256
+
+A membership is live at revision n when ``from_revision <= n`` and (``to_revision`` is NULL or ``> n``).
+The tables are created by `migrations`; a test keeps both descriptions equal.
+"""
+
+from datetime import UTC, datetime
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    or_,
+)
+
+metadata = MetaData()
+
+
+def _of_cube() -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(["owner", "cube_id"], ["cubes.owner", "cubes.id"], ondelete="CASCADE")
+
+
+personas = Table(
+    "personas",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("head", Integer, nullable=False),
+    Column("stamp", String, nullable=False),
+    Column("created_at", String, nullable=False),
+    CheckConstraint("kind in ('user', 'group')", name="persona_kind"),
+)
+
+revisions = Table(
+    "revisions",
+    metadata,
+    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("message", Text, nullable=False),
+    Column("created_at", String, nullable=False),
+    Column("restores", Integer),
+)
+
+cubes = Table(
+    "cubes",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), nullable=False),
+    Column("id", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("text", Text),
+    Column("blob", String),
+    Column("header", Text, nullable=False),
+    Column("revision", Integer, nullable=False),
+    UniqueConstraint("owner", "id", name="cube_of_owner"),
+    CheckConstraint("kind in ('plaintext', 'activation', 'parametric')", name="cube_kind"),
+    Index("cubes_by_id", "id"),
+    Index("cubes_by_blob", "blob"),
+)
+
+memberships = Table(
+    "memberships",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("cube_id", String, nullable=False),
+    Column("from_revision", Integer, nullable=False),
+    Column("to_revision", Integer),
+    _of_cube(),
+    Index("memberships_of_owner", "owner", "cube_id"),
+)
+
+group_memberships = Table(
+    "group_memberships",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), nullable=False),
+    Column("group_id", String, nullable=False),
+    Column("from_revision", Integer, nullable=False),
+    Column("to_revision", Integer),
+    Index("group_memberships_of_owner", "owner"),
+    Index("group_memberships_by_group", "group_id"),
+)
+
+sources = Table(
+    "sources",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("cube_id", String, primary_key=True),
+    Column("source_owner", String, primary_key=True),
+    Column("source_id", String, primary_key=True),
+    _of_cube(),
+    Index("sources_by_source", "source_owner", "source_id"),
+)
+
+vectors = Table(
+    "vectors",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("cube_id", String, nullable=False),
+    Column("encoder", String, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    _of_cube(),
+    UniqueConstraint("owner", "encoder", "cube_id", name="vector_of_cube"),
+    sqlite_autoincrement=True,
+)
+
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), nullable=False),
+    Column("cube_id", String, nullable=False),
+    Column("at", String, nullable=False),
+    Column("from_revision", Integer, nullable=False),
+    Column("to_revision", Integer, nullable=False),
+    Index("tombstones_of_owner", "owner"),
+)
+
+erasures = Table(
+    "erasures",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("at", String, nullable=False),
+    Column("counts", Text, nullable=False),
+)
+
+
+def live_at(table: Table, owner: str, revision: int) -> ColumnElement[bool]:
+    """The rows of an interval table that are live at `revision` of `owner`."""
+    ends = table.c.to_revision
+    return (
+        (table.c.owner == owner) & (table.c.from_revision <= revision) & or_(ends.is_(None), ends > revision)
+    )
+
+
+def to_column(moment: datetime) -> str:
+    """A time as it is stored: ISO 8601 in UTC, so that text order is time order."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def from_column(value: str) -> datetime:
+    """Inverse of `to_column`."""
+    return datetime.fromisoformat(value)
