@@ -38,7 +38,9 @@ def download(name: str, report: Callable[[str], None], *, progress: bool = False
     repo, _, revision = name.partition("@")
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     try:
-        return _usable(snapshot_download(repo, revision=revision or None, local_files_only=True), name)
+        # With the patterns, or files that we never take would make a snapshot count as incomplete.
+        held = snapshot_download(repo, revision=revision or None, allow_patterns=FILES, local_files_only=True)
+        return _usable(held, name)
     except (errors.LocalEntryNotFoundError, ModelError):
         pass  # not there, or there without weights: another tool may have fetched only the tokenizer
     if is_offline():
@@ -48,11 +50,15 @@ def download(name: str, report: Callable[[str], None], *, progress: bool = False
     report(f"Looking up {name} on the Hugging Face hub")
     try:
         # One short question first: it tells an unknown name from an unreachable hub within seconds.
-        commit = HfApi(endpoint=endpoint).model_info(repo, revision=revision or None, timeout=TIMEOUT_S).sha
+        HfApi(endpoint=endpoint).model_info(repo, revision=revision or None, timeout=TIMEOUT_S)
         report(f"Downloading {name} from the Hugging Face hub")
         with nullcontext() if progress else quiet():
             folder = snapshot_download(
-                repo, revision=commit, endpoint=endpoint, allow_patterns=FILES, etag_timeout=TIMEOUT_S
+                repo,
+                revision=revision or None,
+                endpoint=endpoint,
+                allow_patterns=FILES,
+                etag_timeout=TIMEOUT_S,
             )
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise UnknownModelError(

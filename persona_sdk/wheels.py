@@ -183,7 +183,7 @@ def unpack(wheel: Path, member: str, folder: Path) -> Path:
                 entries = [e for e in entries if e.filename == member]
             for entry in entries:
                 inside = PurePosixPath(entry.filename).relative_to(root)
-                if ".." in inside.parts or inside.is_absolute() or "\\" in entry.filename:
+                if ".." in inside.parts or "\\" in entry.filename:
                     raise DownloadError(
                         f"{wheel.name} holds the unsafe name {entry.filename!r}.", hint="Do not use it."
                     )
