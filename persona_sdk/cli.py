@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from persona_sdk.errors import PersonaError
+from persona_sdk.errors import NotFoundError, PersonaError
 
 if TYPE_CHECKING:
     from persona_sdk.memory import MemoryStore
@@ -144,7 +144,7 @@ def show(persona_id: PersonaId, store: Store = Path("personas")) -> None:
     """What a persona consists of right now."""
     table = Table("cube", "kind", "type", "revision", "content")
     with _open(store) as opened:
-        opened.require(persona_id)
+        _require(opened, persona_id)
         groups = opened.groups(persona_id)
         for cube in opened.cubes(persona_id):
             content = cube.text if cube.text is not None else cube.header.title
@@ -165,7 +165,7 @@ def show(persona_id: PersonaId, store: Store = Path("personas")) -> None:
 def history(persona_id: PersonaId, store: Store = Path("personas")) -> None:
     """Every revision of a persona."""
     with _open(store) as opened:
-        opened.require(persona_id)
+        _require(opened, persona_id)
         _print_history(opened, persona_id)
 
 
@@ -186,12 +186,12 @@ def forget(
 ) -> None:
     """Erase a cube and all that derives from it, or a whole persona. There is no way back."""
     with _open(store) as opened:
-        opened.require(persona_id)
+        _require(opened, persona_id)
         what = f"cube {cube}" if cube else f"everything about {persona_id}"
         if not yes:
             typer.confirm(f"Erase {what}?", abort=True)
         receipt = opened.forget(persona_id, [cube]) if cube else opened.forget_everything(persona_id)
-    console.print_json(receipt.to_json())
+    console.print_json(receipt.canonical())
 
 
 @personas.command()
@@ -256,6 +256,13 @@ def doctor(store: Annotated[Path | None, typer.Option(help="Also check this stor
     console.print(table)
     if not all(check.ok for check in found):
         raise typer.Exit(1)
+
+
+def _require(store: "MemoryStore", persona_id: str) -> None:
+    if store.kind_of(persona_id) is None:
+        raise NotFoundError(
+            f"There is no persona {persona_id!r} here.", hint="persona personas list shows them."
+        )
 
 
 def _print_history(store: "MemoryStore", persona_id: str) -> None:

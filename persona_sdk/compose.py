@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
-from persona_sdk.errors import PromptTooLongError
+from persona_sdk.errors import NotFoundError, PromptTooLongError
 from persona_sdk.library import SHARED, AdapterLibrary
 from persona_sdk.memory import MemoryStore, Passage
 from persona_sdk.models import LanguageModel
@@ -47,7 +47,11 @@ class ChatOptions(GenerationOptions):
 
 @dataclass(frozen=True)
 class Composition:
-    """A plan, its tensors and prompt, and what they were made from."""
+    """A plan, its tensors and prompt, and what they were made from.
+
+    ``skipped`` names attachments that could not take part: the adapter's owner is no longer a group of
+    the persona, or the adapter is not in this store.
+    """
 
     plan: CompositionPlan
     prompt: tuple[int, ...]
@@ -56,6 +60,7 @@ class Composition:
     revisions: Mapping[str, int] = field(default_factory=dict)
     passages: tuple[Passage, ...] = ()
     dropped_turns: int = 0
+    skipped: tuple[str, ...] = ()
 
 
 class Composer:
@@ -84,18 +89,20 @@ class Composer:
         revisions = {owner: self._store.head(owner) for owner in owners}
         parts: list[PlanPart] = []
         tensors: dict[Digest, TensorBundle] = {}
+        skipped: list[str] = []
         for owner in owners:
             for attachment in self._library.attachments(owner, revision=revisions[owner]):
-                if attachment.adapter_owner not in (*owners, SHARED):
-                    _log.warning(
-                        "left out an attachment whose adapter is out of reach now"
-                    )
+                try:
+                    loaded = self._library.load(attachment)
+                except NotFoundError:
+                    loaded = None
+                if loaded is None or attachment.adapter.owner not in (*owners, SHARED):
+                    skipped.append(attachment.name)
                     continue
-                adapter = self._library.load(attachment)
                 request = AdapterRequest(
-                    origin=attachment.label, weight=attachment.weight, text=turns[-1].content
+                    origin=loaded.label, weight=attachment.weight, text=turns[-1].content
                 )
-                contribution = adapter.contribute(attachment.state, request)
+                contribution = loaded.adapter.contribute(attachment.state, request)
                 parts += contribution.parts
                 tensors |= contribution.tensors
         passages = self._recall(owners, turns, options, revisions)
@@ -103,7 +110,7 @@ class Composer:
             parts.append(Passages(items=tuple(map(_reference, passages))))
         plan = CompositionPlan(self._model.fingerprint, tuple(parts), options.generation())
         prompt, dropped = self._fit(turns, passages, plan, options)
-        return Composition(plan, prompt, tensors, persona, revisions, passages, dropped)
+        return Composition(plan, prompt, tensors, persona, revisions, passages, dropped, tuple(skipped))
 
     def _recall(
         self,
@@ -136,8 +143,8 @@ class Composer:
             shorter = drop_oldest(turns) if options.overflow == "drop_oldest_turns" else None
             if shorter is None:
                 raise PromptTooLongError(
-                    f"The prompt has {len(prompt)} tokens; {max(room, 0)} fit beside {options.max_new_tokens} "
-                    f"new ones in a context of {self._model.context_length}.",
+                    f"The prompt has {len(prompt)} tokens; {max(room, 0)} fit beside "
+                    f"{options.max_new_tokens} new ones in a context of {self._model.context_length}.",
                     hint='Shorten it, lower max_new_tokens, or pass overflow="drop_oldest_turns".',
                 )
             turns, dropped = shorter, dropped + 1

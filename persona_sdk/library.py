@@ -28,17 +28,23 @@ class Attachment:
     """One use of an adapter by a persona."""
 
     cube_id: str
-    name: str
-    adapter_owner: str
-    adapter_cube: str
-    adapter_revision: int
+    title: str
+    adapter: Source
     weight: float
     state: Mapping[str, Any]
 
     @property
-    def label(self) -> str:
-        """Name and revision, as written into plans: ``nurses/tone@2``."""
-        return f"{self.name}@{self.adapter_revision}"
+    def name(self) -> str:
+        """``owner/name`` of the adapter."""
+        return f"{self.adapter.owner}/{self.title}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter and the name and revision it goes by in plans: ``nurses/tone@2``."""
+
+    adapter: Adapter
+    label: str
 
 
 class AdapterLibrary:
@@ -47,10 +53,14 @@ class AdapterLibrary:
     def __init__(self, model: LanguageModel, store: MemoryStore) -> None:
         self._model = model
         self._store = store
+        self.kinds: dict[str, str] = {}  # of owners that have a handle and no commit yet
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
+        store.on_forget(lambda _owner: self._loaded.clear())
 
     def add(self, name: str, adapter: Adapter, *, sources: Sequence[MemCube] = ()) -> MemCube:
         """File an adapter under ``owner/name`` (``name`` alone means ``shared/name``); replaces an old one.
+
+        An owner that nobody has mentioned yet becomes a group.
 
         Args:
             name: the owner's id and a name of its own, e.g. ``"nurses/tone"``.
@@ -80,14 +90,14 @@ class AdapterLibrary:
         old = [cube.id for cube in self._adapters(owner) if cube.header.title == title]
         revision = self._store.commit(
             owner,
-            kind=self._store.kind_of(owner) or "group",
+            kind=self._store.kind_of(owner) or self.kinds.get(owner, "group"),
             add=(draft,),
             retire=old,
             message=f"adapter {name}",
         )
         return self._store.get(owner, revision.added[0])
 
-    def list(self, owner: str | None = None) -> list[str]:
+    def names(self, owner: str | None = None) -> list[str]:
         """Names of all adapters, or of one owner's."""
         owners = [record.id for record in self._store.personas()] if owner is None else [owner]
         return sorted(f"{who}/{cube.header.title}" for who in owners for cube in self._adapters(who))
@@ -106,7 +116,7 @@ class AdapterLibrary:
         for cube in self._adapters(owner):
             if cube.header.title == title:
                 return cube
-        known = ", ".join(self.list(owner)[:5]) or "none yet"
+        known = ", ".join(self.names(owner)[:5]) or "none yet"
         raise NotFoundError(
             f"There is no adapter {name!r}.", hint=f"Adapters of {owner!r}: {known}. See model.adapters.add."
         )
@@ -118,46 +128,37 @@ class AdapterLibrary:
         return CubeDraft(
             kind="parametric",
             header=CubeHeader(
-                title=name,
+                title=cube.header.title,
                 semantic_type="attachment",
                 trust="system",
                 sources=(Source.of(cube),),
-                attributes={
-                    "owner": cube.owner,
-                    "cube": cube.id,
-                    "revision": cube.revision,
-                    "weight": weight,
-                    "state": dict(state),
-                },
+                attributes={"weight": weight, "state": dict(state)},
             ),
         )
 
     def attachments(self, owner: str, *, revision: int | None = None) -> list[Attachment]:
         """Everything attached to a persona at a revision, oldest first."""
-        found = []
-        for cube in self._store.cubes(owner, revision=revision, kind="parametric"):
-            if cube.header.semantic_type == "attachment":
-                data = cube.header.attributes
-                found.append(
-                    Attachment(
-                        cube_id=cube.id,
-                        name=cube.header.title,
-                        adapter_owner=data["owner"],
-                        adapter_cube=data["cube"],
-                        adapter_revision=data["revision"],
-                        weight=data["weight"],
-                        state=data["state"],
-                    )
-                )
-        return found
+        return [
+            Attachment(
+                cube_id=cube.id,
+                title=cube.header.title,
+                adapter=cube.header.sources[0],
+                weight=cube.header.attributes["weight"],
+                state=cube.header.attributes["state"],
+            )
+            for cube in self._store.cubes(owner, revision=revision, kind="parametric")
+            if cube.header.semantic_type == "attachment" and cube.header.sources
+        ]
 
-    def load(self, attachment: Attachment) -> Adapter:
-        """The adapter an attachment is pinned to."""
-        return self._load(self._store.get(attachment.adapter_owner, attachment.adapter_cube))
+    def load(self, attachment: Attachment) -> Loaded:
+        """The adapter an attachment is pinned to.
 
-    def drop_cache(self) -> None:
-        """Forget loaded adapters; they are read again when needed."""
-        self._loaded.clear()
+        Raises:
+            NotFoundError: it is not in this store, as after importing a member without the group.
+            CorruptBlobError: its stored weights are damaged.
+        """
+        cube = self._store.get(attachment.adapter.owner, attachment.adapter.cube_id)
+        return Loaded(self._load(cube), f"{attachment.name}@{cube.revision}")
 
     def _adapters(self, owner: str) -> list[MemCube]:
         cubes = self._store.cubes(owner, kind="parametric")

@@ -159,11 +159,6 @@ class PersonaModel:
         """Search over memories."""
         return Retriever(self.store, self._index, self.embedder)
 
-    def drop_caches(self) -> None:
-        """Drop everything derived that is held in memory; it is rebuilt when needed."""
-        self.adapters.drop_cache()
-        self._index.drop()
-
     def _compose(self, persona: Persona | None, messages: Messages, options: ChatOptions) -> Composition:
         if persona is None:
             return self._composer.compose(None, messages, options)
@@ -194,4 +189,5 @@ class PersonaModel:
             prompt_tokens=composition.prompt,
             citations=composition.passages,
             dropped_turns=composition.dropped_turns,
+            skipped=composition.skipped,
         )

@@ -30,6 +30,7 @@ class Persona:
         self.kind = kind
         self._model = model
         self._store = model.store
+        model.adapters.kinds.setdefault(self.id, kind)
 
     def __repr__(self) -> str:
         return f"Persona({self.id!r}, kind={self.kind!r}, revision={self.revision})"
@@ -151,15 +152,11 @@ class Persona:
                 f"No memory of {self.id!r} is {query_or_cube_id!r} or contains it.",
                 hint="List them with memories() or look with recall().",
             )
-        receipt = self._store.forget(self.id, found)
-        self._model.drop_caches()
-        return receipt
+        return self._store.forget(self.id, found)
 
     def forget_everything(self) -> Receipt:
         """Erase this persona: memories, adapters, vectors and history. Only a tombstone of counts stays."""
-        receipt = self._store.forget_everything(self.id)
-        self._model.drop_caches()
-        return receipt
+        return self._store.forget_everything(self.id)
 
     # Adapters -----------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ class Reply:
     prompt_tokens: tuple[int, ...] = field(repr=False)
     citations: tuple[Passage, ...] = ()
     dropped_turns: int = 0
+    skipped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -124,6 +125,7 @@ class Explanation:
         ]
         if reply.dropped_turns:
             rows.append(("dropped", f"{reply.dropped_turns} oldest turns did not fit"))
+        rows += [("left out", f"{name}  is out of reach of this persona") for name in reply.skipped]
         options = reply.plan.options
         how = f"sampled, seed {reply.seed}" if options.do_sample else "greedy"
         rows.append(("decoding", f"{how}, at most {options.max_new_tokens} tokens"))
