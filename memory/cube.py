@@ -16,7 +16,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Protocol, Self, TypeAlias, get_args
+from typing import Annotated, Any, Literal, Protocol, Self, TypeAlias, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32
@@ -118,14 +118,14 @@ class MemCube:
 class CubeDraft:
     """A cube to be: what `MemoryStore.commit` adds.
 
-    ``vector`` is the text's embedding and ``encoder`` the fingerprint of the model that made it.
+    ``vector`` is the text's embedding, float32 ``[d]``; ``encoder`` is the fingerprint of what made it.
     """
 
     kind: Kind = "plaintext"
     text: str | None = None
     header: CubeHeader = field(default_factory=CubeHeader)
     payload: TensorBundle | None = None
-    vector: Float[Tensor, "d"] | None = None
+    vector: Tensor | None = None
     encoder: str | None = None
 
     @classmethod
@@ -135,7 +135,7 @@ class CubeDraft:
         *,
         kind: Kind = "plaintext",
         payload: TensorBundle | None = None,
-        vector: Float[Tensor, "d"] | None = None,
+        vector: Tensor | None = None,
         encoder: str | None = None,
         **header: Any,
     ) -> Self:
@@ -204,6 +204,7 @@ def check_vector(vector: Tensor, encoder: str) -> Float32[Tensor, "d"]:
     return vector.detach().cpu().contiguous()
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """What retrieval needs of an embedder. `persona_sdk.models.Embedder` is one."""
 

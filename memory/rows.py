@@ -5,11 +5,12 @@ Every function works inside the caller's transaction and takes the owner it is a
 
 import uuid
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32
-from sqlalchemy import Connection, Row, Select, func, insert, select
+from sqlalchemy import Connection, Select, func, insert, select
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError, NotFoundError
@@ -20,7 +21,7 @@ from persona_sdk.tensors import Digest
 CHUNK = 500  # ids in one statement; SQLite limits the parameters of a statement
 
 
-def to_cube(row: Row[tuple[object, ...]]) -> MemCube:
+def to_cube(row: Any) -> MemCube:
     """The cube in a row of the ``cubes`` table."""
     header = CubeHeader.model_validate_json(row.header)
     return MemCube(row.id, row.owner, row.kind, row.text, row.blob, header, row.revision)
