@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 weights: venv ## Fetch and convert the two embedded models (180 MB, once; kept in the user's cache)
-	@$(BIN)/python -c "from persona_sdk import weights; [weights.pull(alias) for alias in weights.ALIASES]"
+	@$(BIN)/persona models pull
 
 demo: venv ## Watch several personas share one model
 	@$(BIN)/python examples/demo.py $(ARGS)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from persona_sdk.models import LanguageModel
+from persona_sdk.tensors import low_rank_bundle
 from persona_sdk.testing import HashEmbedder, tiny_language_model
 
 ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma"]
@@ -88,3 +90,16 @@ def test_hash_vectors_are_units_and_do_not_depend_on_the_batch(texts):
 def test_texts_that_share_words_are_nearer():
     a, b, c = HashEmbedder().encode(["two brown dogs", "Dogs, brown!", "metric units please"])
     assert a @ b > a @ c
+
+
+def test_shapes_and_types_are_checked_under_pytest():
+    """Proof that the jaxtyping option in pyproject.toml works, for this package and the mapped ones."""
+    from persona_sdk.adapters import base
+    from persona_sdk.memory import store
+
+    with pytest.raises(TypeCheckError, match=r"Expected type: .*Float\[Tensor, 'r d_in'\]"):
+        low_rank_bundle({"layer": (torch.zeros(3), torch.zeros(2, 2))})
+    with pytest.raises(TypeCheckError, match="texts"):
+        HashEmbedder().encode("not a list")
+    for module in (base, store):
+        assert type(module.__loader__).__name__ == "_JaxtypingLoader"
