@@ -42,7 +42,7 @@ logger = logging.getLogger("persona_sdk.adapters.training")
 class TrainingOptions(FrozenConfig):
     """How to train. Names and meanings are those of ``transformers.TrainingArguments`` (and TRL)."""
 
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     num_train_epochs: float = Field(3.0, gt=0)
     max_steps: int = Field(-1, description="optimizer steps; overrides num_train_epochs unless -1")
     per_device_train_batch_size: int = Field(4, ge=1)
