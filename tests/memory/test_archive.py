@@ -1,0 +1,340 @@
+"""Export and import: everything comes back, and nothing of a hostile archive is written."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from persona_sdk.errors import ArchiveError, InvalidInputError, NotFoundError, StoreError
+from persona_sdk.memory import CubeDraft, MemoryStore, Source
+
+Maker = Callable[..., CubeDraft]
+Members = dict[str, bytes]
+
+
+@pytest.fixture
+def archive(store: MemoryStore, tmp_path: Path, note: Maker, weights: Maker) -> Path:
+    """Alice: five revisions with every kind of change, a rollback and a forgotten cube."""
+    first = store.commit(
+        "alice", add=[note("dogs", trust="system"), note("cats"), weights(1)], groups=["b", "a"]
+    ).added
+    link = Source.of(store.get("alice", first[0]))
+    store.commit(
+        "alice", add=[weights(2, sources=(link,)), CubeDraft.of("bare")], retire=[first[1]], groups=["a"]
+    )
+    store.rollback("alice", 1)
+    (secret,) = store.commit("alice", add=[note("to be forgotten")], message="adds it").added
+    store.forget("alice", [secret])
+    return store.export("alice", tmp_path / "alice.memcube")
+
+
+def view(store: MemoryStore, owner: str) -> list[object]:
+    """Everything about a persona that does not depend on its id or its cubes' ids."""
+    history = store.history(owner)
+    seen: dict[str, int] = {}
+    for revision in history:
+        for cube_id in revision.added:
+            seen.setdefault(cube_id, len(seen))
+    result: list[object] = []
+    for r in history:
+        result.append((r.number, r.message, r.created_at, r.restores, [seen[i] for i in r.gone]))
+        result.append(([seen[i] for i in r.added], [seen[i] for i in r.retired]))
+        result.append(store.groups(owner, revision=r.number))
+        for cube in store.cubes(owner, revision=r.number):
+            sources = [(s.owner == owner, seen.get(s.cube_id), s.sha256) for s in cube.header.sources]
+            header = cube.header.model_copy(update={"sources": (), "trust": "any"})
+            blob = store.load_blob(owner, cube.blob).keys() if cube.blob else None
+            result.append(
+                (seen[cube.id], cube.kind, cube.text, cube.blob, blob, header, cube.revision, sources)
+            )
+        for encoder in ("e", HASH):
+            ids, matrix = store.vectors(owner, encoder, revision=r.number)
+            result.append(([seen[i] for i in ids], matrix.tolist()))
+    return result
+
+
+HASH = hashlib.sha256(b"hash-embedder-64").hexdigest()
+
+
+def test_a_persona_comes_back_whole_in_another_store(
+    store: MemoryStore, tmp_path: Path, archive: Path
+) -> None:
+    with MemoryStore.open(tmp_path / "other") as other:
+        assert other.import_archive(archive) == "alice"
+        assert view(other, "alice") == view(store, "alice")
+        assert [c.id for c in other.cubes("alice")] == [c.id for c in store.cubes("alice")], "ids are kept"
+        assert other.personas() == store.personas()
+        trusts = {cube.text: cube.header.trust for cube in other.cubes("alice")}
+        assert trusts["dogs"] == "import", "an archive cannot speak for the system"
+        for number in range(6):
+            assert other.rollback("alice", number).gone == store.rollback("alice", number).gone
+            assert view(other, "alice")[-1] == view(store, "alice")[-1]
+
+
+def test_a_copy_beside_the_original_has_ids_of_its_own(store: MemoryStore, archive: Path) -> None:
+    assert store.import_archive(archive, as_id="alice2") == "alice2"
+    assert view(store, "alice2") == view(store, "alice")
+    mine, copies = ({cube.id for cube in store.cubes(owner)} for owner in ("alice", "alice2"))
+    assert not mine & copies
+    store.rollback("alice2", 2)
+    (derived,) = [cube for cube in store.cubes("alice2") if cube.header.sources]
+    assert store.forget("alice2", [derived.header.sources[0].cube_id]).derived == 1, "provenance came along"
+    assert {cube.id for cube in store.cubes("alice")} == mine
+
+
+def test_the_same_persona_gives_the_same_bytes(store: MemoryStore, tmp_path: Path, archive: Path) -> None:
+    again = store.export("alice", tmp_path / "again.memcube")
+    assert again.read_bytes() == archive.read_bytes()
+    assert b"to be forgotten" not in archive.read_bytes()
+    with MemoryStore.open(tmp_path / "other") as other:
+        other.import_archive(archive)
+        third = other.export("alice", tmp_path / "third.memcube")
+    expected = read(archive)
+    assert {name: data for name, data in read(third).items() if name.endswith(".safetensors")} == {
+        name: data for name, data in expected.items() if name.endswith(".safetensors")
+    }
+    assert read(third)["revisions.jsonl"] == expected["revisions.jsonl"]
+
+
+def test_what_cannot_be_exported_or_named_is_refused(
+    store: MemoryStore, tmp_path: Path, archive: Path
+) -> None:
+    with pytest.raises(NotFoundError):
+        store.export("nobody", tmp_path / "x.memcube")
+    with pytest.raises(StoreError):
+        store.export("alice", tmp_path / "no such folder" / "x.memcube")
+    with pytest.raises(InvalidInputError):
+        store.import_archive(archive, as_id="../x")
+    with pytest.raises(ArchiveError, match="already"):
+        store.import_archive(archive)
+    with pytest.raises(ArchiveError):
+        store.import_archive(archive, as_id="a")  # a group of its own history
+    with pytest.raises(ArchiveError):
+        store.import_archive(tmp_path / "missing.memcube", as_id="carol")
+    assert [p.id for p in store.personas()] == ["alice"]
+    assert sorted(path.name for path in tmp_path.glob("*.memcube")) == ["alice.memcube"]
+
+
+def test_an_archive_cannot_join_a_user(tmp_path: Path, archive: Path) -> None:
+    with MemoryStore.open(tmp_path / "other") as other:
+        other.commit("a", add=[CubeDraft.of("a is a user here")])
+        with pytest.raises(ArchiveError, match="is a user"):
+            other.import_archive(archive)
+        assert [p.id for p in other.personas()] == ["a"]
+
+
+# Hostile archives ---------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> Members:
+    with zipfile.ZipFile(path) as source:
+        return {info.filename: source.read(info) for info in source.infolist()}
+
+
+def pack(path: Path, members: Members, *, sign: bool = True, compress: bool = False) -> Path:
+    """Write members as an archive, with a manifest that matches them unless `sign` is False."""
+    members = dict(members)
+    if sign:
+        manifest = json.loads(members["manifest.json"])
+        manifest["members"] = {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            for name, data in members.items()
+            if name != "manifest.json"
+        }
+        members["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as target:
+        for name, data in members.items():
+            target.writestr(name, data)
+    return path
+
+
+def blob_of(members: Members) -> str:
+    return next(name for name in members if name.startswith("blobs/"))
+
+
+def edit(name: str, change: Callable[[list[dict[str, object]]], None]) -> Callable[[Members], None]:
+    def apply(members: Members) -> None:
+        lines = [json.loads(line) for line in members[name].splitlines()]
+        change(lines)
+        members[name] = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+    return apply
+
+
+def manifest(**changes: object) -> Callable[[Members], None]:
+    def apply(members: Members) -> None:
+        members["manifest.json"] = json.dumps(json.loads(members["manifest.json"]) | changes).encode()
+
+    return apply
+
+
+def put(name: str, data: bytes = b"data") -> Callable[[Members], None]:
+    return lambda members: members.update({name: data})
+
+
+def other_tensors(members: Members) -> None:
+    members[blob_of(members)] = save({"m.A": torch.zeros(3)})
+
+
+def no_cubes(lines: list[dict[str, object]]) -> None:
+    del lines[2:]
+
+
+HOSTILE: dict[str, Callable[[Members], None]] = {
+    "unknown member": put("run.py"),
+    "path traversal": put("../evil.safetensors"),
+    "traversal in blobs": put("blobs/../../personas.db"),
+    "absolute path": put("/tmp/evil"),
+    "backslashes": put("blobs\\..\\evil"),
+    "folder": put("blobs/", b""),
+    "blob nobody names": put(f"blobs/{'0' * 64}.safetensors"),
+    "no manifest": lambda members: members.pop("manifest.json") and None,
+    "unknown format": manifest(format=2),
+    "unknown key": manifest(run="now"),
+    "bad owner": manifest(owner="../x"),
+    "bad kind": manifest(kind="admin"),
+    "wrong counts": manifest(counts={"cubes": 1, "forgotten": 1, "revisions": 5}),
+    "negative counts": manifest(counts={"cubes": -1, "forgotten": -1, "revisions": 5}),
+    "manifest is no JSON": put("manifest.json", b"{"),
+    "deep JSON": put("cubes.jsonl", b"[" * 100_000),
+    "pickle": lambda members: members.update({blob_of(members): b"\x80\x04cos\nsystem\n"}),
+    "other tensors": other_tensors,
+    "missing blob": lambda members: members.pop(blob_of(members)) and None,
+    "missing vectors": lambda members: members.pop("vectors.safetensors") and None,
+    "vectors of another shape": put("vectors.safetensors", save({f"vectors/{HASH}": torch.ones(3, 64)})),
+    "vectors with NaN": put(
+        "vectors.safetensors", save({f"vectors/{HASH}": torch.full((2, 64), float("nan"))})
+    ),
+    "vectors of float64": put("vectors.safetensors", save({f"vectors/{HASH}": torch.ones(2, 64).double()})),
+    "huge header": put("vectors.safetensors", b"\xff" * 16),
+    "bad cube kind": edit("cubes.jsonl", lambda lines: lines[1].update(kind="code")),
+    "cube with a path as blob": edit("cubes.jsonl", lambda lines: lines[3].update(blob="../../etc/passwd")),
+    "cube id with a quote": edit("cubes.jsonl", lambda lines: lines[1].update(id="' OR 1=1 --")),
+    "cube twice": edit("cubes.jsonl", lambda lines: lines[2].update(id=lines[1]["id"])),
+    "plaintext without text": edit("cubes.jsonl", lambda lines: lines[1].update(text="")),
+    "cube of another revision": edit("cubes.jsonl", lambda lines: lines[1].update(revision=2)),
+    "cube missing": edit("cubes.jsonl", no_cubes),
+    "surrogate": lambda m: m.update({"cubes.jsonl": m["cubes.jsonl"].replace(b'"dogs"', b'"\\ud800"')}),
+    "revisions out of order": edit("revisions.jsonl", lambda lines: lines.reverse()),
+    "restores the future": edit("revisions.jsonl", lambda lines: lines[2].update(restores=4)),
+    "retires twice": edit("revisions.jsonl", lambda lines: lines[3].update(retired=lines[1]["retired"] * 2)),
+    "adds twice": edit(
+        "revisions.jsonl", lambda lines: lines[0].update(added=[*lines[0]["added"], lines[0]["added"][0]])
+    ),  # type: ignore[misc,index]
+    "bad group": edit("revisions.jsonl", lambda lines: lines[0].update(joined=["../g"])),
+    "leaves a group it is not in": edit("revisions.jsonl", lambda lines: lines[0].update(left=["zz"])),
+    "the forgotten lives": edit("revisions.jsonl", lambda lines: lines[4].update(retired=[])),
+    "no revision": put("revisions.jsonl", b""),
+}
+
+
+def assert_untouched(folder: Path, path: Path) -> None:
+    with MemoryStore.open(folder) as other:
+        other.commit("bystander", add=[CubeDraft.of("was here")])
+        before = {
+            str(file): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.suffix != ".db-shm" and file.is_file()
+        }
+        with pytest.raises(ArchiveError):
+            other.import_archive(path)
+        assert {
+            str(file): file.read_bytes()
+            for file in folder.rglob("*")
+            if file.suffix != ".db-shm" and file.is_file()
+        } == before
+        assert [p.id for p in other.personas()] == ["bystander"]
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_archive_writes_nothing(archive: Path, tmp_path: Path, attack: str) -> None:
+    members = read(archive)
+    HOSTILE[attack](members)
+    path = pack(
+        tmp_path / "hostile.memcube",
+        members,
+        sign="manifest.json" in members and attack != "manifest is no JSON",
+    )
+    assert_untouched(tmp_path / "other", path)
+    assert not (tmp_path.parent / "evil.safetensors").exists()
+
+
+def test_packing_an_archive_again_is_not_itself_an_attack(archive: Path, tmp_path: Path) -> None:
+    """Else the tests above would pass for the wrong reason."""
+    path = pack(tmp_path / "same.memcube", read(archive))
+    with MemoryStore.open(tmp_path / "other") as other:
+        assert other.import_archive(path) == "alice"
+
+
+def test_a_changed_member_does_not_match_its_hash(archive: Path, tmp_path: Path) -> None:
+    for name in ("cubes.jsonl", "revisions.jsonl", "vectors.safetensors"):
+        members = read(archive)
+        members[name] = members[name].replace(b"dogs", b"rats") + b"\n"
+        assert_untouched(tmp_path / name, pack(tmp_path / "x.memcube", members, sign=False))
+
+
+def test_links_doubles_encryption_and_bombs_are_refused(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, members = tmp_path / "x.memcube", read(archive)
+    pack(path, members)
+    with zipfile.ZipFile(path, "a") as target, pytest.warns(UserWarning, match="Duplicate"):
+        target.writestr("cubes.jsonl", b"")
+    assert_untouched(tmp_path / "double", path)
+
+    def rewrite(**attributes: int) -> Path:
+        with zipfile.ZipFile(path, "w") as target:
+            for name, data in members.items():
+                info = zipfile.ZipInfo(name)
+                if name == "cubes.jsonl":
+                    info.external_attr = attributes.get("external_attr", 0)
+                target.writestr(info, data)
+        return path
+
+    assert_untouched(tmp_path / "link", rewrite(external_attr=0o120777 << 16))
+    assert_untouched(tmp_path / "compressed", pack(path, members, compress=True))
+    raw = bytearray(rewrite().read_bytes())
+    at = raw.rindex(b"PK\x01\x02")
+    raw[at + 8] |= 1  # the encryption flag of the last member
+    path.write_bytes(raw)
+    assert_untouched(tmp_path / "encrypted", path)
+    monkeypatch.setattr("persona_sdk.memory.archive_reader.MAX_JSON", 1 << 20)
+    bomb = members | {"cubes.jsonl": members["cubes.jsonl"] + b"\n" * (2 << 20)}
+    assert_untouched(tmp_path / "bomb", pack(path, bomb))
+
+
+def test_a_bomb_that_lies_about_its_size_is_refused(archive: Path, tmp_path: Path) -> None:
+    path, members = tmp_path / "x.memcube", read(archive)
+    members["cubes.jsonl"] += b"\n" * (8 << 20)
+    with zipfile.ZipFile(path, "w") as target:
+        for name, data in members.items():
+            kind = zipfile.ZIP_DEFLATED if name.endswith(".jsonl") else zipfile.ZIP_STORED
+            target.writestr(name, data, compress_type=kind)
+    raw = bytearray(path.read_bytes())
+    size = len(members["cubes.jsonl"]).to_bytes(4, "little")
+    while (at := raw.find(size)) >= 0:
+        raw[at : at + 4] = (100).to_bytes(4, "little")
+    path.write_bytes(raw)
+    assert_untouched(tmp_path / "other", path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_truncated_and_scrambled_files_are_refused(archive: Path, tmp_path: Path, share: float) -> None:
+    data = archive.read_bytes()
+    cut = int(len(data) * share)
+    path = tmp_path / "x.memcube"
+    path.write_bytes(data[:cut])
+    assert_untouched(tmp_path / "cut", path)
+    path.write_bytes(data[:cut] + bytes([data[cut] ^ 0xFF]) + data[cut + 1 :])
+    with MemoryStore.open(tmp_path / "flip") as other:
+        try:
+            other.import_archive(path)
+        except ArchiveError:
+            assert other.personas() == []
+        else:  # a byte that means nothing, such as a time stamp: then nothing may differ either
+            assert other.head("alice") == 5
