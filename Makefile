@@ -57,6 +57,7 @@ bench: venv ## Run every benchmark, quick variant
 	done
 
 constraints: venv ## Rewrite constraints.txt with the versions installed in .venv
+	@$(PIP_INSTALL) -e ".[dev,bench]"
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable \
 		| sed -E 's/^(torch==[0-9.]+).*/\1 ; sys_platform == "linux"/'; } > constraints.new
 	@mv constraints.new constraints.txt
