@@ -15,8 +15,8 @@ if __name__ != "persona_sdk.memory":
     )
 
 from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Source, TextEncoder
-from persona_sdk.memory.erasure import Receipt
 from persona_sdk.memory.index import VectorIndex
+from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.retrieval import Passage, Retriever
 from persona_sdk.memory.revisions import PersonaRecord, Revision
 from persona_sdk.memory.store import MemoryStore

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, insert, select, update
 from persona_sdk.config import FrozenConfig, validate_id
 from persona_sdk.errors import NotFoundError
 from persona_sdk.memory import revisions, rows
-from persona_sdk.memory.archive_reader import (
+from persona_sdk.memory.archive_format import (
     BLOBS,
     BY_ENCODER,
     CUBES,
@@ -34,15 +34,12 @@ from persona_sdk.memory.archive_reader import (
     REVISIONS,
     VECTORS,
     BuriedRecord,
-    Contents,
     CubeRecord,
     Manifest,
     Member,
     RevisionRecord,
-    damaged,
-    opened,
-    refuse,
 )
+from persona_sdk.memory.archive_reader import Contents, damaged, opened, refuse
 from persona_sdk.memory.cube import CubeDraft, CubeHeader
 from persona_sdk.memory.database import sync_folder, translated
 from persona_sdk.memory.reader import StoreReader

@@ -18,8 +18,8 @@ from persona_sdk.config import validate_id
 from persona_sdk.memory import archive, database, erasure, revisions, rows
 from persona_sdk.memory.cube import CubeDraft, check_vector, clean_text
 from persona_sdk.memory.database import translated
-from persona_sdk.memory.erasure import Receipt
 from persona_sdk.memory.reader import StoreReader
+from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.revisions import Revision
 from persona_sdk.memory.vault import Vault, encode
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,25 +14,45 @@ from safetensors.torch import save
 
 from persona_sdk.errors import ArchiveError, InvalidInputError, NotFoundError, StoreError
 from persona_sdk.memory import CubeDraft, MemoryStore, Source
+from persona_sdk.testing import HashEmbedder
 
-Maker = Callable[..., CubeDraft]
 Members = dict[str, bytes]
 
 
+@pytest.fixture(scope="module")
+def alice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A closed store with alice: five revisions, every kind of change, a rollback and a forgotten cube."""
+    folder = tmp_path_factory.mktemp("alice") / "store"
+    embedder = HashEmbedder()
+
+    def note(text: str, **header: Any) -> CubeDraft:
+        return CubeDraft.of(text, vector=embedder.encode([text])[0], encoder=embedder.fingerprint, **header)
+
+    def weights(seed: int, **header: Any) -> CubeDraft:
+        return CubeDraft.of(kind="parametric", payload={"m.A": torch.full((2, 3), float(seed))}, **header)
+
+    with MemoryStore.open(folder) as store:
+        drafts = [note("dogs", trust="system"), note("cats"), weights(1)]
+        first = store.commit("alice", add=drafts, groups=["b", "a"]).added
+        link = Source.of(store.get("alice", first[0]))
+        drafts = [weights(2, sources=(link,)), CubeDraft.of("bare")]
+        store.commit("alice", add=drafts, retire=[first[1]], groups=["a"])
+        store.rollback("alice", 1)
+        (secret,) = store.commit("alice", add=[note("to be forgotten")], message="adds it").added
+        store.forget("alice", [secret])
+        store.export("alice", folder.parent / "alice.memcube")
+    return folder
+
+
 @pytest.fixture
-def archive(store: MemoryStore, tmp_path: Path, note: Maker, weights: Maker) -> Path:
-    """Alice: five revisions with every kind of change, a rollback and a forgotten cube."""
-    first = store.commit(
-        "alice", add=[note("dogs", trust="system"), note("cats"), weights(1)], groups=["b", "a"]
-    ).added
-    link = Source.of(store.get("alice", first[0]))
-    store.commit(
-        "alice", add=[weights(2, sources=(link,)), CubeDraft.of("bare")], retire=[first[1]], groups=["a"]
-    )
-    store.rollback("alice", 1)
-    (secret,) = store.commit("alice", add=[note("to be forgotten")], message="adds it").added
-    store.forget("alice", [secret])
-    return store.export("alice", tmp_path / "alice.memcube")
+def folder(tmp_path: Path, alice: Path) -> Path:
+    """A copy of alice's store, so that each test may change it."""
+    return Path(shutil.copytree(alice, tmp_path / "store"))
+
+
+@pytest.fixture
+def archive(tmp_path: Path, alice: Path) -> Path:
+    return Path(shutil.copy(alice.parent / "alice.memcube", tmp_path))
 
 
 def view(store: MemoryStore, owner: str) -> list[object]:
@@ -157,7 +179,7 @@ def blob_of(members: Members) -> str:
     return next(name for name in members if name.startswith("blobs/"))
 
 
-def edit(name: str, change: Callable[[list[dict[str, object]]], None]) -> Callable[[Members], None]:
+def edit(name: str, change: Callable[[list[dict[str, Any]]], None]) -> Callable[[Members], None]:
     def apply(members: Members) -> None:
         lines = [json.loads(line) for line in members[name].splitlines()]
         change(lines)
@@ -177,11 +199,18 @@ def put(name: str, data: bytes = b"data") -> Callable[[Members], None]:
     return lambda members: members.update({name: data})
 
 
+def take(prefix: str) -> Callable[[Members], None]:
+    def apply(members: Members) -> None:
+        del members[next(name for name in members if name.startswith(prefix))]
+
+    return apply
+
+
 def other_tensors(members: Members) -> None:
     members[blob_of(members)] = save({"m.A": torch.zeros(3)})
 
 
-def no_cubes(lines: list[dict[str, object]]) -> None:
+def no_cubes(lines: list[dict[str, Any]]) -> None:
     del lines[2:]
 
 
@@ -193,7 +222,7 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
     "backslashes": put("blobs\\..\\evil"),
     "folder": put("blobs/", b""),
     "blob nobody names": put(f"blobs/{'0' * 64}.safetensors"),
-    "no manifest": lambda members: members.pop("manifest.json") and None,
+    "no manifest": take("manifest.json"),
     "unknown format": manifest(format=2),
     "unknown key": manifest(run="now"),
     "bad owner": manifest(owner="../x"),
@@ -204,8 +233,8 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
     "deep JSON": put("cubes.jsonl", b"[" * 100_000),
     "pickle": lambda members: members.update({blob_of(members): b"\x80\x04cos\nsystem\n"}),
     "other tensors": other_tensors,
-    "missing blob": lambda members: members.pop(blob_of(members)) and None,
-    "missing vectors": lambda members: members.pop("vectors.safetensors") and None,
+    "missing blob": take("blobs/"),
+    "missing vectors": take("vectors.safetensors"),
     "vectors of another shape": put("vectors.safetensors", save({f"vectors/{HASH}": torch.ones(3, 64)})),
     "vectors with NaN": put(
         "vectors.safetensors", save({f"vectors/{HASH}": torch.full((2, 64), float("nan"))})
@@ -225,7 +254,7 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
     "retires twice": edit("revisions.jsonl", lambda lines: lines[3].update(retired=lines[1]["retired"] * 2)),
     "adds twice": edit(
         "revisions.jsonl", lambda lines: lines[0].update(added=[*lines[0]["added"], lines[0]["added"][0]])
-    ),  # type: ignore[misc,index]
+    ),
     "bad group": edit("revisions.jsonl", lambda lines: lines[0].update(joined=["../g"])),
     "leaves a group it is not in": edit("revisions.jsonl", lambda lines: lines[0].update(left=["zz"])),
     "the forgotten lives": edit("revisions.jsonl", lambda lines: lines[4].update(retired=[])),
@@ -233,26 +262,31 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
 }
 
 
-def assert_untouched(folder: Path, path: Path) -> None:
-    with MemoryStore.open(folder) as other:
-        other.commit("bystander", add=[CubeDraft.of("was here")])
-        before = {
-            str(file): file.read_bytes()
-            for file in folder.rglob("*")
-            if file.suffix != ".db-shm" and file.is_file()
-        }
-        with pytest.raises(ArchiveError):
-            other.import_archive(path)
-        assert {
-            str(file): file.read_bytes()
-            for file in folder.rglob("*")
-            if file.suffix != ".db-shm" and file.is_file()
-        } == before
-        assert [p.id for p in other.personas()] == ["bystander"]
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".db-shm")
+    return {str(file): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MemoryStore]:
+    """A store that every attack is tried on; each must leave it byte for byte as it was."""
+    with MemoryStore.open(tmp_path_factory.mktemp("victim")) as store:
+        store.commit("bystander", add=[CubeDraft.of("was here")])
+        yield store
+
+
+def assert_refused(victim: MemoryStore, path: Path) -> None:
+    before = contents(victim.folder)
+    with pytest.raises(ArchiveError):
+        victim.import_archive(path)
+    assert contents(victim.folder) == before
+    assert [p.id for p in victim.personas()] == ["bystander"]
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_a_hostile_archive_writes_nothing(archive: Path, tmp_path: Path, attack: str) -> None:
+def test_a_hostile_archive_writes_nothing(
+    victim: MemoryStore, archive: Path, tmp_path: Path, attack: str
+) -> None:
     members = read(archive)
     HOSTILE[attack](members)
     path = pack(
@@ -260,7 +294,7 @@ def test_a_hostile_archive_writes_nothing(archive: Path, tmp_path: Path, attack:
         members,
         sign="manifest.json" in members and attack != "manifest is no JSON",
     )
-    assert_untouched(tmp_path / "other", path)
+    assert_refused(victim, path)
     assert not (tmp_path.parent / "evil.safetensors").exists()
 
 
@@ -271,21 +305,21 @@ def test_packing_an_archive_again_is_not_itself_an_attack(archive: Path, tmp_pat
         assert other.import_archive(path) == "alice"
 
 
-def test_a_changed_member_does_not_match_its_hash(archive: Path, tmp_path: Path) -> None:
+def test_a_changed_member_does_not_match_its_hash(victim: MemoryStore, archive: Path, tmp_path: Path) -> None:
     for name in ("cubes.jsonl", "revisions.jsonl", "vectors.safetensors"):
         members = read(archive)
         members[name] = members[name].replace(b"dogs", b"rats") + b"\n"
-        assert_untouched(tmp_path / name, pack(tmp_path / "x.memcube", members, sign=False))
+        assert_refused(victim, pack(tmp_path / "x.memcube", members, sign=False))
 
 
 def test_links_doubles_encryption_and_bombs_are_refused(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    victim: MemoryStore, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, members = tmp_path / "x.memcube", read(archive)
     pack(path, members)
     with zipfile.ZipFile(path, "a") as target, pytest.warns(UserWarning, match="Duplicate"):
         target.writestr("cubes.jsonl", b"")
-    assert_untouched(tmp_path / "double", path)
+    assert_refused(victim, path)
 
     def rewrite(**attributes: int) -> Path:
         with zipfile.ZipFile(path, "w") as target:
@@ -296,19 +330,21 @@ def test_links_doubles_encryption_and_bombs_are_refused(
                 target.writestr(info, data)
         return path
 
-    assert_untouched(tmp_path / "link", rewrite(external_attr=0o120777 << 16))
-    assert_untouched(tmp_path / "compressed", pack(path, members, compress=True))
+    assert_refused(victim, rewrite(external_attr=0o120777 << 16))
+    assert_refused(victim, pack(path, members, compress=True))
     raw = bytearray(rewrite().read_bytes())
     at = raw.rindex(b"PK\x01\x02")
     raw[at + 8] |= 1  # the encryption flag of the last member
     path.write_bytes(raw)
-    assert_untouched(tmp_path / "encrypted", path)
+    assert_refused(victim, path)
     monkeypatch.setattr("persona_sdk.memory.archive_reader.MAX_JSON", 1 << 20)
     bomb = members | {"cubes.jsonl": members["cubes.jsonl"] + b"\n" * (2 << 20)}
-    assert_untouched(tmp_path / "bomb", pack(path, bomb))
+    assert_refused(victim, pack(path, bomb))
 
 
-def test_a_bomb_that_lies_about_its_size_is_refused(archive: Path, tmp_path: Path) -> None:
+def test_a_bomb_that_lies_about_its_size_is_refused(
+    victim: MemoryStore, archive: Path, tmp_path: Path
+) -> None:
     path, members = tmp_path / "x.memcube", read(archive)
     members["cubes.jsonl"] += b"\n" * (8 << 20)
     with zipfile.ZipFile(path, "w") as target:
@@ -320,16 +356,18 @@ def test_a_bomb_that_lies_about_its_size_is_refused(archive: Path, tmp_path: Pat
     while (at := raw.find(size)) >= 0:
         raw[at : at + 4] = (100).to_bytes(4, "little")
     path.write_bytes(raw)
-    assert_untouched(tmp_path / "other", path)
+    assert_refused(victim, path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])
-def test_truncated_and_scrambled_files_are_refused(archive: Path, tmp_path: Path, share: float) -> None:
+def test_truncated_and_scrambled_files_are_refused(
+    victim: MemoryStore, archive: Path, tmp_path: Path, share: float
+) -> None:
     data = archive.read_bytes()
     cut = int(len(data) * share)
     path = tmp_path / "x.memcube"
     path.write_bytes(data[:cut])
-    assert_untouched(tmp_path / "cut", path)
+    assert_refused(victim, path)
     path.write_bytes(data[:cut] + bytes([data[cut] ^ 0xFF]) + data[cut + 1 :])
     with MemoryStore.open(tmp_path / "flip") as other:
         try:
