@@ -6,6 +6,7 @@ state. So attaching is a commit, rolling back detaches, and forgetting an adapte
 An attachment is pinned to one version of the adapter; attach again to take a newer one.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,29 @@ from typing import Any
 
 from persona_sdk import registry
 from persona_sdk.adapters import Adapter
-from persona_sdk.config import validate_id
-from persona_sdk.errors import InvalidInputError, NotFoundError
+from persona_sdk.config import FrozenConfig, validate_id
+from persona_sdk.errors import IncompatibleAdapterError, InvalidInputError, NotFoundError
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Source
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import size_bytes
 
 SHARED = "shared"
 _CACHE_BYTES = 1 << 30
+
+
+class AdapterFacts(FrozenConfig):
+    """What an adapter's cube says in its attributes."""
+
+    family: str
+    base: str
+    config: dict[str, Any]
+
+
+class AttachmentFacts(FrozenConfig):
+    """What an attachment's cube says in its attributes."""
+
+    weight: float
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +71,8 @@ class AdapterLibrary:
         self._store = store
         self.kinds: dict[str, str] = {}  # of owners that have a handle and no commit yet
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
-        store.on_forget(lambda _owner: self._loaded.clear())
+        self._lock = threading.Lock()
+        store.on_forget(self._drop)
 
     def add(self, name: str, adapter: Adapter, *, sources: Sequence[MemCube] = ()) -> MemCube:
         """File an adapter under ``owner/name`` (``name`` alone means ``shared/name``); replaces an old one.
@@ -80,11 +97,9 @@ class AdapterLibrary:
                 semantic_type="adapter",
                 trust="system",
                 sources=tuple(Source.of(cube) for cube in sources),
-                attributes={
-                    "family": adapter.family,
-                    "base": adapter.base,
-                    "config": adapter.config.model_dump(mode="json"),
-                },
+                attributes=AdapterFacts(
+                    family=adapter.family, base=adapter.base, config=adapter.config.model_dump(mode="json")
+                ).model_dump(),
             ),
         )
         old = [cube.id for cube in self._adapters(owner) if cube.header.title == title]
@@ -132,7 +147,7 @@ class AdapterLibrary:
                 semantic_type="attachment",
                 trust="system",
                 sources=(Source.of(cube),),
-                attributes={"weight": weight, "state": dict(state)},
+                attributes=AttachmentFacts(weight=weight, state=dict(state)).model_dump(),
             ),
         )
 
@@ -143,8 +158,7 @@ class AdapterLibrary:
                 cube_id=cube.id,
                 title=cube.header.title,
                 adapter=cube.header.sources[0],
-                weight=cube.header.attributes["weight"],
-                state=cube.header.attributes["state"],
+                **AttachmentFacts.parse(cube.header.attributes).model_dump(),
             )
             for cube in self._store.cubes(owner, revision=revision, kind="parametric")
             if cube.header.semantic_type == "attachment" and cube.header.sources
@@ -160,29 +174,40 @@ class AdapterLibrary:
         cube = self._store.get(attachment.adapter.owner, attachment.adapter.cube_id)
         return Loaded(self._load(cube), f"{attachment.name}@{cube.revision}")
 
+    def _drop(self, _owner: str) -> None:
+        with self._lock:
+            self._loaded.clear()
+
     def _adapters(self, owner: str) -> list[MemCube]:
         cubes = self._store.cubes(owner, kind="parametric")
         return [cube for cube in cubes if cube.header.semantic_type == "adapter"]
 
     def _load(self, cube: MemCube) -> Adapter:
-        if cube.id in self._loaded:
-            self._loaded.move_to_end(cube.id)
-            return self._loaded[cube.id]
-        data = cube.header.attributes
-        family = registry.family(data["family"])
-        assert cube.blob is not None  # an adapter cube is written with its payload or not at all
-        adapter = family(
-            base=data["base"],
-            config=family.config_type.parse(data["config"]),
-            tensors=self._store.load_blob(cube.owner, cube.blob),
-        )
-        adapter.check_base(self._model.fingerprint, name=f"Adapter {cube.owner}/{cube.header.title}")
-        self._loaded[cube.id] = adapter
-        while (
-            len(self._loaded) > 1 and sum(size_bytes(a.tensors) for a in self._loaded.values()) > _CACHE_BYTES
-        ):
-            self._loaded.popitem(last=False)
+        with self._lock:
+            if cube.id in self._loaded:
+                self._loaded.move_to_end(cube.id)
+                return self._loaded[cube.id]
+            adapter = self._read(cube)
+            self._loaded[cube.id] = adapter
+            while len(self._loaded) > 1 and sum(map(_bytes_of, self._loaded.values())) > _CACHE_BYTES:
+                self._loaded.popitem(last=False)
+            return adapter
+
+    def _read(self, cube: MemCube) -> Adapter:
+        name = f"{cube.owner}/{cube.header.title}"
+        if cube.blob is None:
+            raise IncompatibleAdapterError(
+                f"The cube of adapter {name!r} holds no weights.", hint="Add it again."
+            )
+        facts = AdapterFacts.parse(cube.header.attributes)
+        tensors = self._store.load_blob(cube.owner, cube.blob)
+        adapter = registry.family(facts.family).from_tensors(facts.base, tensors, facts.config)
+        adapter.check_base(self._model.fingerprint, name=f"Adapter {name!r}")
         return adapter
+
+
+def _bytes_of(adapter: Adapter) -> int:
+    return size_bytes(adapter.tensors)
 
 
 def split_name(name: str) -> tuple[str, str]:

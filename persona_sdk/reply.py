@@ -1,6 +1,6 @@
 """What a conversation gives back: replies, streams of text, and their explanation."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,22 +77,25 @@ class TextDecoder:
         self._tokenizer = tokenizer
         self._stops = stop_strings
 
-    def text(self, tokens: list[int] | tuple[int, ...]) -> str:
+    def text(self, tokens: Sequence[int]) -> str:
         """The final text of these tokens."""
         text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
         ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         return text[: min(ends)] if ends else text
 
-    def stopped(self, tokens: list[int] | tuple[int, ...]) -> bool:
+    def stopped(self, tokens: Sequence[int]) -> bool:
         """Whether a stop string has appeared."""
         if not self._stops:
             return False
         text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
         return any(stop in text for stop in self._stops)
 
-    def settled(self, tokens: list[int] | tuple[int, ...]) -> str:
+    def settled(self, tokens: Sequence[int]) -> str:
         """The part of the text that later tokens cannot change any more."""
-        text = self.text(tokens).rstrip("\ufffd")  # an unfinished multi-byte character
+        text = self.text(tokens)
+        if self.stopped(tokens):
+            return text
+        text = text.rstrip("\ufffd")  # an unfinished multi-byte character
         pending = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return text[: len(text) - max(pending, default=0)]
 

@@ -26,7 +26,7 @@ def run(path: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("path", cases())
+@pytest.mark.parametrize("path", list(cases()))
 def test_example(path, tmp_path):
     printed = run(path, tmp_path, *ARGUMENTS.get(path.name, []))
     assert printed.strip()

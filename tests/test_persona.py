@@ -268,7 +268,7 @@ class TestBadInput:
             model.persona("alice", groups=["alice"])
         assert model.store.personas() == []
 
-    @pytest.mark.parametrize("text", ["", " \n\t", "x" * 20_001, 5])
+    @pytest.mark.parametrize("text", ["", " \n\t", "x" * 20_001])
     def test_texts(self, model, text):
         alice = model.persona("alice")
         with pytest.raises(InvalidInputError):

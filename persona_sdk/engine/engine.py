@@ -80,7 +80,8 @@ class Engine:
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self._shapes = model.linear_shapes()
-        self._hooks = LowRankHooks(model.linears())
+        with model.lock:  # not while a training run has its own layers in the module tree
+            self._hooks = LowRankHooks(model.linears())
         self._end_tokens = _end_tokens(model)
         self._pad = next(
             (int(t) for t in (model.tokenizer.pad_token_id, *sorted(self._end_tokens)) if t is not None), 0
@@ -88,7 +89,8 @@ class Engine:
 
     def close(self) -> None:
         """Take the hooks off the base model."""
-        self._hooks.remove()
+        with self.model.lock:
+            self._hooks.remove()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Run all requests as one batch and return their completions in order.
