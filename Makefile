@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 weights: venv ## Fetch and convert the two embedded models (180 MB, once; kept in the user's cache)
 	@$(BIN)/persona models pull
 
-demo: venv ## Watch several personas share one model
+demo: weights ## Watch several personas share one model
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 lint: venv ## Check style

@@ -18,7 +18,7 @@ from rich.text import Text
 from persona_sdk import LoRA, LoRAConfig, Persona, PersonaModel
 
 DATA = Path(__file__).parent / "data"
-QUESTION = "What should I do this Saturday?"
+QUESTION = "Write two sentences about my perfect Saturday."
 console = Console()
 
 
@@ -29,25 +29,27 @@ def lines(name: str) -> list[str]:
 def remember_facts(persona: Persona) -> None:
     facts = json.loads((DATA / "facts.json").read_text())[persona.id]
     if persona.memories():
-        console.print(f"{persona.id} is in the store already, with {len(persona.memories())} memories")
+        console.print(f"{persona.id} is in the store already, at revision {persona.revision}")
         return
     for cube in persona.remember_all(facts):
         console.print(f"{persona.id} remembers  [cyan]{cube.text}[/]  [dim]cube {cube.id[:8]}[/]")
 
 
-def train_adapter(model: PersonaModel, owner: Persona, name: str, texts: list[str], steps: int) -> None:
+def train_adapter(
+    model: PersonaModel, owner: Persona, name: str, texts: list[str], *, steps: int, weight: float
+) -> None:
     """Train a plain LoRA on an owner's texts and attach it; the texts become its provenance."""
     if name in model.adapters.names(owner.id):
         console.print(f"{name} is in the store already")
         return
-    sources = owner.remember_all(texts, title=name, semantic_type="writing")
+    sources = owner.remember_all(texts, title=name, semantic_type="writing", searchable=False)
     config = LoRAConfig(
         rank=8, max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, max_length=64
     )
     started = time.monotonic()
     adapter = LoRA.train(model, texts, config, progress=True)
     model.adapters.add(name, adapter, sources=sources)
-    owner.attach(name, weight=0.8)
+    owner.attach(name, weight=weight)
     console.print(f"trained {name} on {len(texts)} texts in {time.monotonic() - started:.0f} s")
 
 
@@ -69,8 +71,10 @@ def main() -> None:
     remember_facts(bob)
 
     console.rule("3. adapters: alice's own voice, and one for her group")
-    train_adapter(model, alice, "alice/voice", lines("shelley.txt"), steps=arguments.steps)
-    train_adapter(model, bookclub, "bookclub/gothic", lines("lovecraft.txt"), steps=arguments.steps // 2)
+    train_adapter(model, alice, "alice/voice", lines("shelley.txt"), steps=arguments.steps, weight=0.5)
+    train_adapter(
+        model, bookclub, "bookclub/gothic", lines("lovecraft.txt"), steps=arguments.steps // 2, weight=0.3
+    )
 
     console.rule("4. one batch, three different models")
     started = time.monotonic()

@@ -16,7 +16,16 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Protocol, Self, TypeAlias, get_args, runtime_checkable
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    Self,
+    TypeAlias,
+    get_args,
+    runtime_checkable,
+)
 
 import torch
 from jaxtyping import Float, Float32
@@ -205,11 +214,14 @@ def check_vector(vector: Tensor, encoder: str) -> Float32[Tensor, "d"]:
 
 
 @runtime_checkable
+@runtime_checkable
 class TextEncoder(Protocol):
     """What retrieval needs of an embedder. `persona_sdk.models.Embedder` is one."""
 
-    fingerprint: str
-    dimension: int
+    @property
+    def fingerprint(self) -> str:
+        """Names the model; an index belongs to one."""
+        ...
 
     def encode(self, texts: list[str]) -> Float[Tensor, "n d"]:
         """One unit vector per text, float32 on the CPU."""

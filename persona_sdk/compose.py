@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from pydantic import Field
+
 from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
 from persona_sdk.errors import NotFoundError, PromptTooLongError
@@ -23,6 +25,7 @@ from persona_sdk.plan import CompositionPlan, PassageRef, Passages, PlanPart, So
 from persona_sdk.prompting import Message, Messages, drop_oldest, encode, parse_messages, with_passages
 from persona_sdk.tensors import Digest, TensorBundle
 
+# (owners, query, k, revision by owner) -> passages
 Recall: TypeAlias = Callable[[tuple[str, ...], str, int, Mapping[str, int]], Sequence[Passage]]
 
 _log = logging.getLogger("persona_sdk.compose")
@@ -36,8 +39,10 @@ class ChatOptions(GenerationOptions):
     the oldest turns, which is logged and reported in ``reply.dropped_turns``.
     """
 
-    recall_k: int = 4
-    recall_score: float = 0.2
+    recall_k: int = Field(4, ge=0)
+    recall_score: float = Field(
+        0.1, description="cosine; unrelated texts score about 0 with the default embedder"
+    )
     overflow: Literal["error", "drop_oldest_turns"] = "error"
 
     def generation(self) -> GenerationOptions:

@@ -4,7 +4,7 @@ model = PersonaModel.from_pretrained("smollm2-135m", store="personas/")
 alice = model.persona("alice", groups=["nurses"])
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +12,7 @@ from typing import Any, Self
 from persona_sdk.compose import ChatOptions, Composer, Composition
 from persona_sdk.engine import Engine, Request
 from persona_sdk.library import AdapterLibrary
-from persona_sdk.memory import MemoryStore, Retriever, VectorIndex
+from persona_sdk.memory import MemoryStore, Passage, Retriever, VectorIndex
 from persona_sdk.models import Embedder, LanguageModel, load_embedder
 from persona_sdk.persona import Persona
 from persona_sdk.prompting import Messages
@@ -35,7 +35,7 @@ class PersonaModel:
         self._embedder = embedder
         self._index = VectorIndex(store)
         self._engine = Engine(base)
-        self._composer = Composer(base, store, self.adapters, lambda *args: self.retriever.recall(*args))
+        self._composer = Composer(base, store, self.adapters, self._recall)
 
     @classmethod
     def from_pretrained(
@@ -158,6 +158,13 @@ class PersonaModel:
     def retriever(self) -> Retriever:
         """Search over memories."""
         return Retriever(self.store, self._index, self.embedder)
+
+    def _recall(
+        self, owners: Sequence[str], query: str, k: int, revisions: Mapping[str, int]
+    ) -> Sequence[Passage]:
+        if not any(revisions.values()):  # nobody has written anything yet: the embedder can stay unloaded
+            return []
+        return self.retriever.recall(owners, query, k, revisions)
 
     def _compose(self, persona: Persona | None, messages: Messages, options: ChatOptions) -> Composition:
         if persona is None:

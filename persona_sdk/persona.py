@@ -6,6 +6,7 @@ Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes 
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,8 +94,16 @@ class Persona:
         title: str = "",
         tags: Sequence[str] = (),
         semantic_type: str = "fact",
+        searchable: bool = True,
     ) -> list[MemCube]:
         """Store several texts in one revision: all of them, or none.
+
+        Args:
+            texts: the memories.
+            title: a name for all of them.
+            tags: labels of your own.
+            semantic_type: fact, preference, event, writing, ...
+            searchable: False keeps them out of recall and out of prompts, as for training texts.
 
         Raises:
             InvalidInputError: a text is blank or longer than `MAX_TEXT` characters.
@@ -110,18 +119,16 @@ class Persona:
                 )
         if not texts:
             return []
-        embedder = self._model.embedder
-        vectors = embedder.encode(list(texts))
-        drafts = [
-            CubeDraft(
-                kind="plaintext",
-                text=text,
-                header=CubeHeader(title=title, semantic_type=semantic_type, tags=tuple(tags), trust="user"),
-                vector=vector,
-                encoder=embedder.fingerprint,
-            )
-            for text, vector in zip(texts, vectors, strict=True)
-        ]
+        header = CubeHeader.parse(
+            {"title": title, "semantic_type": semantic_type, "tags": tuple(tags), "trust": "user"}
+        )
+        drafts = [CubeDraft(text=text, header=header) for text in texts]
+        if searchable:
+            encoder, vectors = self._model.embedder.fingerprint, self._model.embedder.encode(list(texts))
+            drafts = [
+                replace(draft, vector=vector, encoder=encoder)
+                for draft, vector in zip(drafts, vectors, strict=True)
+            ]
         noun = semantic_type if len(drafts) == 1 else f"{len(drafts)} x {semantic_type}"
         revision = self._commit(f"remember {noun}", add=drafts)
         return [self._store.get(self.id, cube_id) for cube_id in revision.added]
