@@ -1,0 +1,95 @@
+"""One figure per benchmark, drawn from its result alone. Needs matplotlib, of the extra ``bench``."""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.harness import Result, Row
+
+_COLOURS = {"ours": "#2a6fbb", "peft": "#c9752d"}
+
+
+def compose(result: Result) -> Any:
+    """Time of a step over the base model's, by distinct adapters: a panel per model and phase."""
+    from matplotlib.figure import Figure
+
+    panels = sorted({(str(row["step"]).split()[0], str(row["model"])) for row in result.tables["ratios"]})
+    phases = sorted({phase for phase, _ in panels})
+    models = sorted({model for _, model in panels})
+    figure = Figure(figsize=(4.6 * len(models), 3.3 * len(phases) + 0.6), layout="constrained")
+    grid = figure.subplots(len(phases), len(models), squeeze=False)
+    for phase, axes in zip(phases, grid, strict=True):
+        for model, axis in zip(models, axes, strict=True):
+            _panel(axis, result, phase, model)
+        axes[0].set_ylabel("time / base model")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    smoke = " (smoke run)" if result.quick else ""
+    figure.suptitle(f"Many adapters in one batch: one step over the base model{smoke}", fontsize=11)
+    return figure
+
+
+def _panel(axis: Any, result: Result, phase: str, model: str) -> None:
+    def mine(row: Row) -> bool:
+        return row["model"] == model and str(row["step"]).startswith(phase)
+
+    rows = [row for row in result.tables["ratios"] if mine(row)]
+    floors = [row for row in result.tables["floors"] if mine(row)]
+    points = [(str(row["step"]), int(str(row["distinct"]))) for row in floors]
+    for offset, name in ((-0.2, "ours"), (0.2, "peft")):
+        chosen = {(row["step"], row["distinct"]): row for row in rows if row["pair"] == f"{name} / base"}
+        ratio, low, high = (
+            [float(str(chosen[point][key])) for point in points] for key in ("ratio", "low", "high")
+        )
+        places = [place + offset for place in range(len(points))]
+        whiskers = [
+            [middle - bottom for middle, bottom in zip(ratio, low, strict=True)],
+            [top - middle for middle, top in zip(ratio, high, strict=True)],
+        ]
+        # Bars stand on 1, the base model: their height is the overhead.
+        heights = [value - 1 for value in ratio]
+        axis.bar(places, heights, 0.36, bottom=1, color=_COLOURS[name], label=name)
+        axis.errorbar(places, ratio, yerr=whiskers, fmt="none", ecolor="#222222", elinewidth=1, capsize=2.5)
+        for place, value, top in zip(places, ratio, high, strict=True):
+            axis.annotate(
+                f"{value:.2f}",
+                (place, max(top, 1)),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+            )
+    for key, style, label in (
+        ("roofline", "-", "floor (this machine)"),
+        ("bytes", ":", "floor if limited by memory"),
+    ):
+        for index, row in enumerate(floors):
+            if (floor := row[key]) is not None:
+                axis.hlines(
+                    float(str(floor)),
+                    index - 0.44,
+                    index + 0.44,
+                    colors="black",
+                    linestyles=style,
+                    linewidth=1.4,
+                    label=label if index == 0 else None,
+                )
+    axis.axhline(1, color="#777777", linewidth=0.8)
+    axis.set_xticks(range(len(points)), [f"{step.split()[1]}\nU = {distinct}" for step, distinct in points])
+    axis.set_title(f"{model}, {phase} (rows x tokens, U distinct adapters)", fontsize=9)
+    axis.margins(y=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+PLOTS: Mapping[str, Callable[[Result], Any]] = {"compose": compose}
+
+
+def png(result: Result) -> bytes | None:
+    """The result's figure as PNG, or None if its benchmark has none."""
+    if result.name not in PLOTS:
+        return None
+    buffer = io.BytesIO()
+    # Without metadata the same result gives the same file.
+    PLOTS[result.name](result).savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
