@@ -4,7 +4,9 @@ timing.py      interleaved timing, the rule that drops disturbed iterations, boo
 harness.py     the JSON every run writes, machine description, resumable cells, command line
 floor.py       what the hardware allows: bytes and operations from shapes
 contenders.py  base, ours and peft on one set of weights, and the check that they agree
-compose.py     many adapters in one batch: cost over the base model, and against peft
+subjects.py    the base models it is measured on
+compose.py     many adapters in one batch: cost over the base model, and against peft; with
+               compose_cell.py (one point of the grid) and compose_tables.py (from points to bars)
 plots.py       one figure per benchmark
 report.py      docs/results.md from benchmarks/results/*.json
 """
