@@ -1,11 +1,11 @@
-"""Ten lines: remember, chat, explain, forget. The README's first example."""
+"""Remember, chat, explain, forget: the shortest way through the library."""
 
 from persona_sdk import PersonaModel
 
 model = PersonaModel.from_pretrained("smollm2-135m", store="personas/")
-alice = model.persona("alice-example")
-alice.remember("Alice has a greyhound called Biscuit.")
-reply = alice.chat("What is my dog called?", max_new_tokens=30)
+carol = model.persona("carol")
+carol.remember("Carol has a greyhound called Biscuit.")
+reply = carol.chat("What kind of dog do I have?", max_new_tokens=30)
 print(reply)
-print(alice.explain(reply))
-print(alice.forget_everything().sha256)
+print(carol.explain(reply))
+print(carol.forget_everything().cube_ids)

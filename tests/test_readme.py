@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from pytest_examples import CodeExample, EvalExample, find_examples
 
+from persona_sdk.memory import CubeDraft, MemoryStore
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 SHELL = re.findall(r"^```(?:bash|sh|shell)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
@@ -36,7 +38,10 @@ def shell_lines():
 
 @pytest.mark.model
 def test_shell_blocks(tmp_path):
-    """`persona` lines run in order in one empty folder; `make` targets must exist (CI runs them)."""
+    """`persona` lines run in order beside a store that knows alice, as the blocks above leave it; `make`
+    targets must exist (CI runs them)."""
+    with MemoryStore.open(tmp_path / "personas") as store:
+        store.commit("alice", add=[CubeDraft(text="Alice has a greyhound called Biscuit.")])
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONWARNINGS": "ignore"}
