@@ -113,7 +113,13 @@ def add_low_rank(
     gate: Float[Tensor, "rows 1 rank"],
 ) -> Float[Tensor, "rows tokens d_out"]:
     """``y + B (gate * (A x))`` row by row, written into `y` where its precision allows."""
-    hidden = torch.bmm(x.to(gate.dtype), factors.A.transpose(1, 2)).mul_(gate)
+    x = x.to(gate.dtype)
+    if x.shape[1] == 1:
+        # A decode step reads every factor once, so memory bandwidth is all: matrix times vector streams A
+        # at about twice the rate of vector times transposed matrix (measured on an AVX-512 CPU, float32).
+        hidden = torch.bmm(factors.A, x.transpose(1, 2)).transpose(1, 2).mul_(gate)
+    else:
+        hidden = torch.bmm(x, factors.A.transpose(1, 2)).mul_(gate)
     if y.dtype == gate.dtype:
         return y.baddbmm_(hidden, factors.B.transpose(1, 2))
     return y + torch.bmm(hidden, factors.B.transpose(1, 2)).to(y.dtype)
