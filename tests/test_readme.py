@@ -39,7 +39,8 @@ def shell_lines():
 @pytest.mark.model
 def test_shell_blocks(tmp_path):
     """`persona` lines run in order beside a store that knows alice, as the blocks above leave it; `make`
-    targets must exist (CI runs them)."""
+    targets must exist (CI runs them).
+    """
     with MemoryStore.open(tmp_path / "personas") as store:
         store.commit("alice", add=[CubeDraft(text="Alice has a greyhound called Biscuit.")])
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
