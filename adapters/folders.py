@@ -23,6 +23,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from persona_sdk import files
 from persona_sdk.errors import AdapterError, IncompatibleAdapterError, InvalidInputError, NotFoundError
 from persona_sdk.tensors import TensorBundle, digest, freeze
 
@@ -56,7 +57,7 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
         fresh.mkdir(parents=True)
         yield fresh
         for path in [*fresh.iterdir(), fresh]:
-            _sync(path)
+            files.sync(path)
         if target.exists():
             os.rename(target, retired)
         try:
@@ -65,7 +66,7 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
             if retired.exists():
                 os.rename(retired, target)
             raise
-        _sync(target.parent)
+        files.sync(target.parent)
     except OSError as error:
         raise AdapterError(
             f"Could not write {target}: {error}.", hint="Nothing was changed; check space and permissions."
@@ -170,11 +171,3 @@ def _require_replaceable(target: Path) -> None:
             f"{target} is not an adapter folder: it holds {', '.join(shown[:3])}.",
             hint="Choose a new or empty folder, or an adapter folder to replace.",
         )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from persona_sdk.config import FrozenConfig
-from persona_sdk.weights import write_atomically
+from persona_sdk.files import write_atomically
 
 Value = str | int | float | bool | None
 Row = dict[str, Value]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.harness import RESULTS, Bar, Result, Row, Value, number, read, verdict
-from persona_sdk.weights import write_atomically
+from persona_sdk.files import write_atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 

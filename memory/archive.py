@@ -12,7 +12,6 @@ in as ``import``. Cube ids are kept, except those this store has seen before, wh
 """
 
 import hashlib
-import os
 import uuid
 import zipfile
 from collections import defaultdict
@@ -23,6 +22,7 @@ import torch
 from safetensors.torch import save
 from sqlalchemy import Connection, insert, select, update
 
+from persona_sdk import files
 from persona_sdk.config import FrozenConfig, validate_id
 from persona_sdk.errors import NotFoundError
 from persona_sdk.memory import revisions, rows
@@ -41,7 +41,7 @@ from persona_sdk.memory.archive_format import (
 )
 from persona_sdk.memory.archive_reader import Contents, damaged, opened, refuse
 from persona_sdk.memory.cube import CubeDraft, CubeHeader
-from persona_sdk.memory.database import sync_folder, translated
+from persona_sdk.memory.database import translated
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.schema import (
     cubes,
@@ -69,23 +69,13 @@ def export(store: StoreReader, owner: str, path: Path) -> Path:
     """
     with store.reading() as connection:
         manifest, members, blobs = _collect(connection, owner)
-    partial = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    with translated(path):
-        try:
-            with zipfile.ZipFile(partial, "x") as archive:
-                for name, data in members.items():
-                    manifest.members[name] = _put(archive, name, data)
-                for blob in blobs:
-                    name, (_, data) = f"{BLOBS}{blob}{SUFFIX}", encode(store.load_blob(owner, blob))
-                    manifest.members[name] = _put(archive, name, data)
-                _put(archive, MANIFEST, manifest.model_dump_json().encode())
-            with partial.open("rb+") as handle:
-                os.fsync(handle.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+    with translated(path), files.replacing(path) as partial, zipfile.ZipFile(partial, "x") as archive:
+        for name, data in members.items():
+            manifest.members[name] = _put(archive, name, data)
+        for blob in blobs:
+            name, (_, data) = f"{BLOBS}{blob}{SUFFIX}", encode(store.load_blob(owner, blob))
+            manifest.members[name] = _put(archive, name, data)
+        _put(archive, MANIFEST, manifest.model_dump_json().encode())
     return path
 
 

@@ -8,7 +8,6 @@ and then migrated in one transaction, and one this code does not know is refused
 """
 
 import errno
-import os
 import shutil
 import sqlite3
 import time
@@ -22,6 +21,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
+from persona_sdk import files
 from persona_sdk.errors import RevisionConflictError, SchemaError, StoreError, StoreFullError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -129,14 +129,12 @@ def _migrate(engine: Engine, file: Path) -> None:
 
 
 def _back_up(file: Path, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.tmp")
-    partial.unlink(missing_ok=True)
-    with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(partial)) as copy:
+    with (
+        files.replacing(target) as partial,
+        closing(sqlite3.connect(file)) as source,
+        closing(sqlite3.connect(partial)) as copy,
+    ):
         source.backup(copy)
-    with partial.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    partial.replace(target)
-    sync_folder(target.parent)
 
 
 def scrub(engine: Engine, folder: Path) -> bool:
@@ -148,7 +146,7 @@ def scrub(engine: Engine, folder: Path) -> bool:
     try:
         for backup in folder.glob(BACKUP_GLOB):
             backup.unlink(missing_ok=True)
-        sync_folder(folder)
+        files.sync(folder)
         with closing(engine.raw_connection()) as raw:
             cursor = raw.cursor()
             cursor.execute("VACUUM")
@@ -204,14 +202,3 @@ def _no_room(error: BaseException | None, code: int, path: Path) -> bool:
         return shutil.disk_usage(path if path.is_dir() else path.parent).free < 1 << 16
     except OSError:
         return False
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable, where the system allows that."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
 from sqlalchemy import select
 
@@ -46,18 +45,10 @@ class Receipt:
         """The receipt with its hash filled in."""
         return replace(self, sha256=hashlib.sha256(self.canonical().encode()).hexdigest())
 
-    def verify(self, store: StoreReader | str | Path) -> bool:
+    def verify(self, store: StoreReader) -> bool:
         """Look again: whether the receipt is unaltered and nothing it names is left in the store."""
-        from persona_sdk.memory.store import MemoryStore
-
         if self.sealed().sha256 != self.sha256:
             return False
-        if isinstance(store, StoreReader):
-            return self._nothing_left(store)
-        with MemoryStore.open(store) as opened:
-            return self._nothing_left(opened)
-
-    def _nothing_left(self, store: StoreReader) -> bool:
         keys = [cubes.c.id, memberships.c.cube_id, vectors.c.cube_id, sources.c.cube_id, sources.c.source_id]
         with store.reading() as connection:
             for start in range(0, len(self.cube_ids), CHUNK):

@@ -7,18 +7,16 @@ never a name without its blob. Every read recomputes the digest.
 The vault knows no owners: who may read what is decided by the rows of the store.
 """
 
-import os
 import re
 import time
-import uuid
 from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from persona_sdk import files
 from persona_sdk.errors import CorruptBlobError, InvalidInputError
-from persona_sdk.memory.database import sync_folder
 from persona_sdk.tensors import Digest, TensorBundle, digest, freeze
 
 SUFFIX = ".safetensors"
@@ -108,18 +106,8 @@ class Vault:
         target = self.path(name)
         if not target.parent.exists():
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            sync_folder(self.folder)
-        partial = target.parent / f"{uuid.uuid4().hex}.tmp"
-        try:
-            with partial.open("xb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            partial.replace(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_folder(target.parent)
+            files.sync(self.folder)
+        files.write_atomically(target, data)
         return True
 
     def read(self, name: Digest) -> TensorBundle:
@@ -142,7 +130,7 @@ class Vault:
             target.unlink()
         except FileNotFoundError:
             return 0
-        sync_folder(target.parent)
+        files.sync(target.parent)
         return size
 
     def candidates(self, named: Collection[Digest], *, min_age: float = MIN_AGE) -> list[Path]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from persona_sdk import weights
+from persona_sdk import files, weights
 
 logger = logging.getLogger("persona_sdk.fingerprints")
 
@@ -34,7 +34,7 @@ def recorded(folder: Path, kind: str, compute: Callable[[], str]) -> str:
         try:
             record.parent.mkdir(parents=True, exist_ok=True)
             content = {"fingerprint": fingerprint, "kind": kind, "folder": str(folder)}
-            weights.write_atomically(record, json.dumps(content).encode())
+            files.write_atomically(record, json.dumps(content).encode())
         except OSError as error:  # a read-only cache costs a hash per load, nothing else
             logger.debug("The fingerprint of %s could not be recorded: %s", folder, error)
     return fingerprint

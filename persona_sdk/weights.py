@@ -19,7 +19,6 @@ Everything in it can be deleted at any time. Hub files stay in the hub's own cac
 import difflib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,20 +76,6 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "persona_sdk"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write, fsync and rename, so that a reader sees the whole file or none."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def resolve(name: str, *, progress: bool = False) -> Path:

