@@ -16,13 +16,16 @@ TEXTS = st.text(min_size=1, max_size=20).filter(lambda text: text.strip())
 
 
 class HistoryMachine(RuleBasedStateMachine):
-    """The model keeps, for each owner, the live (id, text) pairs and the groups of every revision."""
+    """The model keeps, for each owner and revision, the live (id, text) pairs, what was forgotten of them
+    since, and the groups.
+    """
 
     @initialize()
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.store = MemoryStore.open(Path(self.folder.name) / "store")
         self.cubes: dict[str, list[dict[str, str]]] = {owner: [{}] for owner in OWNERS}
+        self.gone: dict[str, list[set[str]]] = {owner: [set()] for owner in OWNERS}
         self.groups: dict[str, list[tuple[str, ...]]] = {owner: [()] for owner in OWNERS}
 
     def teardown(self) -> None:
@@ -51,6 +54,7 @@ class HistoryMachine(RuleBasedStateMachine):
         assert set(revision.retired) == set(retire)
         kept = {name: text for name, text in live.items() if name not in retire}
         self.cubes[owner].append(kept | dict(zip(revision.added, texts, strict=True)))
+        self.gone[owner].append(set())
         self.groups[owner].append(self.groups[owner][-1] if groups is None else tuple(groups))
 
     @rule(owner=st.sampled_from(OWNERS), data=st.data())
@@ -62,8 +66,9 @@ class HistoryMachine(RuleBasedStateMachine):
             return
         target = data.draw(st.integers(0, newest))
         revision = self.store.rollback(owner, target)
-        assert (revision.restores, revision.gone) == (target, ())
+        assert (revision.restores, set(revision.gone)) == (target, self.gone[owner][target])
         self.cubes[owner].append(self.cubes[owner][target])
+        self.gone[owner].append(set())
         self.groups[owner].append(self.groups[owner][target])
 
     @rule(owner=st.sampled_from(OWNERS), data=st.data())
@@ -73,8 +78,11 @@ class HistoryMachine(RuleBasedStateMachine):
             return
         victim = data.draw(st.sampled_from(sorted(live)))
         assert self.store.forget(owner, [victim]).verify(self.store)
+        for then, gone in zip(self.cubes[owner], self.gone[owner], strict=True):
+            gone |= {victim} & set(then)
         past = [{name: text for name, text in then.items() if name != victim} for then in self.cubes[owner]]
         self.cubes[owner] = [*past, past[-1]]
+        self.gone[owner].append(set())
         self.groups[owner].append(self.groups[owner][-1])
 
     @rule(owner=st.sampled_from(OWNERS), text=TEXTS)
