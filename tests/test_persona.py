@@ -87,6 +87,18 @@ class TestChat:
         assert (one.plan_id, one.tokens, one.revisions) == (two.plan_id, two.tokens, two.revisions)
         assert len({alice.chat("tea?", seed=seed, **sampled).tokens for seed in range(5)}) > 1
 
+    def test_a_plan_is_made_of_one_snapshot(self, model, monkeypatch):
+        """Commits that land while a plan is made do not get into it."""
+        alice = model.persona("alice")
+        alice.remember("Likes green tea.")
+        before = alice.chat("green tea?", **FAST)
+        model.adapters.add("alice/voice", lora(model, 1))
+        alice.attach("alice/voice")
+        alice.remember("Drinks green tea at noon.")
+        monkeypatch.setattr(model.store, "head", lambda owner: 1)
+        again = alice.chat("green tea?", **FAST)
+        assert (again.plan_id, again.tokens) == (before.plan_id, before.tokens)
+
     def test_stream_is_chat(self, model):
         alice = model.persona("alice")
         stream = alice.stream("Tell me more", max_new_tokens=20)
@@ -182,7 +194,9 @@ class TestForgetting:
         model.adapters.add("alice/voice", lora(model, 1), sources=[text])
         alice.attach("alice/voice")
         assert patches(alice.chat("Hi", **FAST)) == ["alice/voice@3"]
+        assert model.adapters._loaded
         receipt = alice.forget(text.id)
+        assert not model.adapters._loaded  # the weights are gone from memory too
         assert text.id in receipt.cube_ids
         assert alice.chat("Hi", **FAST).plan.parts == ()
         assert model.adapters.names("alice") == []

@@ -1,5 +1,5 @@
 """Per-row choice of the next token. Order and meaning of the steps are those of transformers:
-repetition penalty, logit bias, then for sampled rows temperature, top-k, top-p.
+logit bias, repetition penalty, then for sampled rows temperature, top-k, top-p.
 
 A sampled row draws from a stream of uniforms that depends on its seed alone, by inversion of its own
 distribution. So a row's tokens depend on neither its neighbours nor its place in the batch.
@@ -104,13 +104,18 @@ class TokenChooser:
                         bias[row, token] += value
             self._bias = bias.to(device)
 
-    def choose(self, logits: Float[Tensor, "rows vocab"], step: int) -> Int[Tensor, " rows"]:
-        """The next token of every row; `step` counts generated tokens from 0."""
+    def adjusted(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        """Logits after bias and repetition penalty."""
         logits = logits.float()
-        if self._penalty is not None:
-            logits = penalize_repetition(logits, self._seen, self._penalty)
         if self._bias is not None:
             logits = logits + self._bias
+        if self._penalty is not None:
+            logits = penalize_repetition(logits, self._seen, self._penalty)
+        return logits
+
+    def choose(self, logits: Float[Tensor, "rows vocab"], step: int) -> Int[Tensor, " rows"]:
+        """The next token of every row; `step` counts generated tokens from 0."""
+        logits = self.adjusted(logits)
         tokens = logits.argmax(dim=1)
         if self._draws is not None:
             tokens[self._sampled] = sample(

@@ -1,11 +1,15 @@
 """The engine's promises: base when empty, a row in a batch is that row alone, greedy parity."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from persona_sdk.adapters import lowrank
 from persona_sdk.engine import Engine
 from persona_sdk.errors import (
     CompositionError,
@@ -14,8 +18,9 @@ from persona_sdk.errors import (
     PromptTooLongError,
 )
 from persona_sdk.models import LanguageModel
-from persona_sdk.plan import DecodingRule, KVPrefix
+from persona_sdk.plan import DecodingRule, KVPrefix, LowRankPatch
 from persona_sdk.tensors import digest, freeze, low_rank_bundle, low_rank_pairs
+from persona_sdk.testing import tiny_language_model
 
 from .support import merged, patch, random_factors, request, soft_prefix
 
@@ -77,6 +82,69 @@ def test_a_row_in_a_mixed_batch_is_the_row_alone_with_merged_weights(engine, tin
         with torch.inference_mode():
             expected = reference.module(torch.tensor([requests[row].prompt])).logits[0]
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_modules_of_one_patch_may_have_different_ranks(engine, tiny):
+    def uneven(seed: int) -> dict:
+        full = random_factors(tiny, seed, rank=6)
+        cut = {}
+        for index, (path, A, B) in enumerate(low_rank_pairs(full)):
+            rank = 1 + (index + seed) % 6
+            cut[path] = (A[:rank], B[:, :rank])
+        return low_rank_bundle(cut)
+
+    bundles = [uneven(1), uneven(2)]
+    gates = [(0.5, -1.0, 2.0, 1.0, 0.3, 0.7), (1.0, 0.2, 0.4, -0.6, 0.8, 1.5)]
+    parts = tuple(
+        LowRankPatch(factors=digest(b), rank=6, gate=g, origin="uneven")
+        for b, g in zip(bundles, gates, strict=True)
+    )
+    [logits] = engine.logits([request(tiny, PROMPTS[0], parts, tuple(bundles))])
+    padded = [(lowrank.pad_rank(b, 6), g) for b, g in zip(bundles, gates, strict=True)]
+    with torch.inference_mode():
+        expected = merged(tiny, padded).module(torch.tensor([PROMPTS[0]])).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_base_keeps_the_branch_in_float32(tiny):
+    module = copy.deepcopy(tiny.module).to(torch.bfloat16)
+    model = LanguageModel.from_module("bf16", module, tiny.tokenizer, fingerprint=tiny.fingerprint)
+    engine = Engine(model)
+    factors = random_factors(tiny, 1)
+    row = request(tiny, PROMPTS[0], (patch(factors),), (factors,))
+    [logits] = engine.logits([row])
+    with torch.inference_mode():
+        expected = merged(tiny, [(factors, (1.0,) * 4)]).module(torch.tensor([PROMPTS[0]])).logits[0]
+    torch.testing.assert_close(logits.float(), expected, atol=0.1, rtol=0.1)
+    rows, _ = engine._admit([row])
+    assert rows.gate.dtype == torch.float32
+    assert all(f.A.dtype == f.B.dtype == torch.float32 for f in rows.modules.values())
+
+
+@pytest.mark.parametrize("use", ["open", "generate"])
+def test_the_engine_waits_for_whoever_has_the_model(use):
+    model = tiny_language_model()
+    engine = Engine(model)
+    held, release, done = threading.Event(), threading.Event(), threading.Event()
+
+    def train() -> None:
+        with model.lock:
+            held.set()
+            release.wait(10)
+
+    def run() -> None:
+        Engine(model) if use == "open" else engine.generate([request(model, PROMPTS[0])])
+        done.set()
+
+    trainer, user = threading.Thread(target=train), threading.Thread(target=run)
+    trainer.start()
+    held.wait(10)
+    user.start()
+    assert not done.wait(0.3)
+    release.set()
+    assert done.wait(10)
+    trainer.join()
+    user.join()
 
 
 def mixed_rows(tiny):
@@ -203,8 +271,6 @@ def test_other_architectures(family):
     for parameter in module.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.2)
-    from persona_sdk.testing import tiny_language_model
-
     model = LanguageModel.from_module(family, module, tiny_language_model().tokenizer)
     engine = Engine(model)
     factors = random_factors(model, 1)
@@ -218,8 +284,6 @@ def test_other_architectures(family):
 
 
 def test_closing_takes_the_hooks_off():
-    from persona_sdk.testing import tiny_language_model
-
     model = tiny_language_model()
     Engine(model).close()
     assert not any(module._forward_hooks for module in model.module.modules())
@@ -227,8 +291,6 @@ def test_closing_takes_the_hooks_off():
 
 class TestBadInput:
     def test_plan_of_another_base(self, engine, tiny):
-        from persona_sdk.testing import tiny_language_model
-
         with pytest.raises(IncompatibleAdapterError, match="base model"):
             engine.generate([request(tiny_language_model(seed=1), PROMPTS[0])])
 

@@ -6,12 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from persona_sdk.engine.sampling import penalize_repetition, sample, uniforms
+from persona_sdk.config import GenerationOptions
+from persona_sdk.engine.sampling import TokenChooser, penalize_repetition, sample, uniforms
+from persona_sdk.plan import DecodingRule
 
 
 def histogram(logits: torch.Tensor, draws: int, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
@@ -49,6 +52,22 @@ def test_repetition_penalty_is_that_of_transformers():
     seen = torch.zeros(2, 30, dtype=torch.bool).scatter_(1, prompt, True)
     found = penalize_repetition(logits, seen, torch.tensor([[1.5], [1.5]]))
     torch.testing.assert_close(found, RepetitionPenaltyLogitsProcessor(1.5)(prompt, logits.clone()))
+
+
+def test_bias_comes_before_the_penalty_as_in_transformers():
+    logits, prompt = torch.randn(1, 30), torch.tensor([[3, 4]])
+    bias = {(3,): 2.0, (5,): -1.0}
+    scores = SequenceBiasLogitsProcessor([[list(k), v] for k, v in bias.items()])(prompt, logits.clone())
+    expected = RepetitionPenaltyLogitsProcessor(1.5)(prompt, scores)
+    chooser = TokenChooser(
+        [GenerationOptions(repetition_penalty=1.5)],
+        [[DecodingRule(bias=tuple((k[0], v) for k, v in bias.items()), origin="bias")]],
+        [0],
+        [[3, 4]],
+        vocab=30,
+        device=torch.device("cpu"),
+    )
+    torch.testing.assert_close(chooser.adjusted(logits), expected)
 
 
 def test_a_row_does_not_depend_on_what_its_neighbours_ask_for():
