@@ -141,7 +141,9 @@ class LoRA(Adapter):
     def from_tensors(cls, base: str, tensors: TensorBundle, config: Any = None) -> Self:
         """Rebuild from stored parts; without a `config` the rank is taken from the tensors."""
         options = cls.configure({"rank": lowrank.rank_of(tensors)} if config is None else config)
-        return cls(base=base, config=options, tensors=freeze(tensors))
+        # float32 of its own: folders hold float32, and the caller's tensors may change.
+        own = {name: tensor.detach().float().clone() for name, tensor in tensors.items()}
+        return cls(base=base, config=options, tensors=freeze(own))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a PEFT LoRA folder that `from_pretrained` reads back with the same digest.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError
-from persona_sdk.prompting import Message, defuse, encode, parse_messages
+from persona_sdk.prompting import Message, control_tokens, defuse, encode, parse_messages
 
 logger = logging.getLogger("persona_sdk.adapters.training")
 
@@ -124,8 +124,7 @@ def _turns(messages: Any) -> Iterator[tuple[list[Any], str]]:
 
 def _plain(tokenizer: Any, value: Any, what: str) -> str:
     """The text with special tokens broken up, as in prompts: no row can end a turn and open another."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - {""}
-    return defuse(_text(value, what), sorted(special, key=len, reverse=True))
+    return defuse(_text(value, what), control_tokens(tokenizer))
 
 
 def _text(value: Any, what: str) -> str:

@@ -48,7 +48,7 @@ def train_adapter(
     )
     started = time.monotonic()
     adapter = LoRA.train(model, texts, config, progress=True)
-    model.adapters.add(name, adapter, sources=sources)
+    owner.add_adapter(name.split("/")[1], adapter, sources=sources)
     owner.attach(name, weight=weight)
     console.print(f"trained {name} on {len(texts)} texts in {time.monotonic() - started:.0f} s")
 

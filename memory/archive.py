@@ -157,11 +157,15 @@ def _lines(records: Iterable[FrozenConfig]) -> bytes:
     return b"".join(record.model_dump_json().encode() + b"\n" for record in records)
 
 
-def import_archive(store: StoreReader, path: Path, *, as_id: str | None = None) -> str:
+def import_archive(
+    store: StoreReader, path: Path, *, as_id: str | None = None, keep_groups: bool = False
+) -> str:
     """See `MemoryStore.import_archive`."""
     target = None if as_id is None else validate_id(as_id)
     with opened(path) as contents:
         owner = target or contents.manifest.owner
+        if not keep_groups:
+            contents.group_spans.clear()
         blobs = contents.blob_names()
         with store.blobs_written(map(contents.blob, blobs)), store.writing() as connection:
             _admit(connection, owner, contents)

@@ -214,7 +214,6 @@ def check_vector(vector: Tensor, encoder: str) -> Float32[Tensor, "d"]:
 
 
 @runtime_checkable
-@runtime_checkable
 class TextEncoder(Protocol):
     """What retrieval needs of an embedder. `persona_sdk.models.Embedder` is one."""
 

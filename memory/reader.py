@@ -57,6 +57,11 @@ class StoreReader(StoreCore):
             at = revisions.resolve(connection, owner, revision)
             return rows.read_cubes(connection, owner, revision=at, kind=kind)
 
+    def all_cubes(self, owner: str) -> list[MemCube]:
+        """Every cube of an owner that was not forgotten, live or retired, oldest first."""
+        with self.reading() as connection:
+            return rows.read_cubes(connection, owner)
+
     def get(self, owner: str, cube_id: str) -> MemCube:
         """One cube, live or retired.
 

@@ -144,10 +144,16 @@ class MemoryStore(StoreReader):
         """Write a persona with its history to one ``.memcube`` file; see `persona_sdk.memory.archive`."""
         return archive.export(self, owner, Path(path))
 
-    def import_archive(self, path: str | Path, *, as_id: str | None = None) -> str:
+    def import_archive(self, path: str | Path, *, as_id: str | None = None, keep_groups: bool = False) -> str:
         """Take in a ``.memcube`` file as a new persona and return its id.
+
+        Args:
+            path: the archive.
+            as_id: the id to give it; None keeps the archive's.
+            keep_groups: also take over its group memberships. A group of this store may share no more than
+                its name with the archive's, and members read what a group remembers, so only on request.
 
         Raises:
             ArchiveError: it is damaged or unsafe, or the persona exists; nothing was written.
         """
-        return archive.import_archive(self, Path(path), as_id=as_id)
+        return archive.import_archive(self, Path(path), as_id=as_id, keep_groups=keep_groups)

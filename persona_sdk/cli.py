@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from persona_sdk.errors import NotFoundError, PersonaError
+from persona_sdk.errors import InvalidInputError, NotFoundError, PersonaError
 
 if TYPE_CHECKING:
     from persona_sdk.memory import MemoryStore
@@ -45,9 +45,11 @@ def main() -> None:
 
 
 @contextmanager
-def _open(store: Path) -> Iterator["MemoryStore"]:
+def _open(store: Path, *, create: bool = False) -> Iterator["MemoryStore"]:
     from persona_sdk.memory import MemoryStore
 
+    if not create and not (store / "personas.db").exists():
+        raise NotFoundError(f"There is no store in {str(store)!r}.", hint="Name its folder with --store.")
     with MemoryStore.open(store) as opened:
         yield opened
 
@@ -75,9 +77,9 @@ def chat(
         last: Reply | None = None
 
         def say(text: str) -> Reply:
-            turns.append({"role": "user", "content": text})
+            asked = [*turns, {"role": "user", "content": text}]
             stream = persona.stream(
-                turns,
+                asked,
                 seed=seed,
                 max_new_tokens=max_new_tokens,
                 do_sample=do_sample,
@@ -87,7 +89,7 @@ def chat(
                 console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
             console.print()
             reply = stream.reply
-            turns.append({"role": "assistant", "content": reply.text or "..."})
+            turns[:] = [*asked, {"role": "assistant", "content": reply.text.strip() or "..."}]
             if reply.dropped_turns:
                 console.print(f"[dim]({reply.dropped_turns} oldest turns no longer fit and were left out)[/]")
             return reply
@@ -114,7 +116,7 @@ def chat(
                         )
                     case "/remember":
                         cube = persona.remember(argument)
-                        console.print(f"[dim]remembered as {cube.id[:8]}, revision {cube.revision}[/]")
+                        console.print(f"[dim]remembered as {cube.id}, revision {cube.revision}[/]")
                     case "/forget":
                         receipt = persona.forget(argument)
                         console.print(f"[dim]forgot {len(receipt.cube_ids)} cubes[/]")
@@ -149,7 +151,7 @@ def show(persona_id: PersonaId, store: Store = Path("personas")) -> None:
         for cube in opened.cubes(persona_id):
             content = cube.text if cube.text is not None else cube.header.title
             table.add_row(
-                cube.id[:8],
+                cube.id,
                 cube.kind,
                 cube.header.semantic_type,
                 str(cube.revision),
@@ -187,10 +189,15 @@ def forget(
     """Erase a cube and all that derives from it, or a whole persona. There is no way back."""
     with _open(store) as opened:
         _require(opened, persona_id)
-        what = f"cube {cube}" if cube else f"everything about {persona_id}"
+        if cube == "":  # an empty shell variable must not erase a persona
+            raise InvalidInputError("The cube id is empty.", hint="Leave it out to erase the whole persona.")
+        what = f"everything about {persona_id}" if cube is None else f"cube {cube}"
         if not yes:
             typer.confirm(f"Erase {what}?", abort=True)
-        receipt = opened.forget(persona_id, [cube]) if cube else opened.forget_everything(persona_id)
+        everything = cube is None
+        receipt = (
+            opened.forget_everything(persona_id) if everything else opened.forget(persona_id, [cube or ""])
+        )
     console.print_json(receipt.canonical())
 
 
@@ -209,7 +216,7 @@ def import_persona(
     store: Store = Path("personas"),
 ) -> None:
     """Read an archive made by export."""
-    with _open(store) as opened:
+    with _open(store, create=True) as opened:
         owner = opened.import_archive(path, as_id=as_id)
         console.print(f"{escape(owner)} imported, revision {opened.head(owner)}")
 

@@ -17,11 +17,11 @@ from pydantic import Field
 
 from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
-from persona_sdk.errors import NotFoundError, PromptTooLongError
+from persona_sdk.errors import PromptTooLongError
 from persona_sdk.library import SHARED, AdapterLibrary
 from persona_sdk.memory import MemoryStore, Passage
 from persona_sdk.models import LanguageModel
-from persona_sdk.plan import CompositionPlan, PassageRef, Passages, PlanPart, SoftPrefix
+from persona_sdk.plan import CompositionPlan, Contribution, PassageRef, Passages, PlanPart, SoftPrefix
 from persona_sdk.prompting import Message, Messages, drop_oldest, encode, parse_messages, with_passages
 from persona_sdk.tensors import Digest, TensorBundle
 
@@ -54,8 +54,8 @@ class ChatOptions(GenerationOptions):
 class Composition:
     """A plan, its tensors and prompt, and what they were made from.
 
-    ``skipped`` names attachments that could not take part: the adapter's owner is no longer a group of
-    the persona, or the adapter is not in this store.
+    ``skipped`` says what could not take part and why: attachments whose adapter is out of reach or not in
+    this store, memories that did not fit the context.
     """
 
     plan: CompositionPlan
@@ -79,10 +79,8 @@ class Composer:
         self._library = library
         self._recall_from = recall
 
-    def compose(
-        self, persona: str | None, messages: Messages, options: ChatOptions, groups: Sequence[str] = ()
-    ) -> Composition:
-        """Plan one request. ``persona=None`` is the base model with an empty plan.
+    def compose(self, persona: str | None, messages: Messages, options: ChatOptions) -> Composition:
+        """Plan one request from one snapshot. ``persona=None`` is the base model with an empty plan.
 
         Raises:
             InvalidInputError: the messages are not a conversation.
@@ -90,72 +88,100 @@ class Composer:
             PromptTooLongError: the prompt does not fit and turns may not be dropped.
         """
         turns = parse_messages(messages)
-        owners = (persona, *groups) if persona is not None else ()
-        revisions = {owner: self._store.head(owner) for owner in owners}
+        revisions: dict[str, int] = {}
+        if persona is not None:
+            revisions[persona] = self._store.head(persona)
+            for group in self._store.groups(persona, revision=revisions[persona]):
+                revisions[group] = self._store.head(group)
+        contribution, skipped = self._adapters(revisions, turns[-1].content)
+        passages = self._recall(revisions, turns, options)
+        prefix = sum(part.length for part in contribution.parts if isinstance(part, SoftPrefix))
+        fitted = self._fit(turns, passages, prefix, options)
+        parts = contribution.parts
+        if fitted.passages:
+            parts = (*parts, Passages(items=tuple(map(_reference, fitted.passages))))
+        plan = CompositionPlan(self._model.fingerprint, parts, options.generation())
+        skipped += [f"memory {p.id[:8]}: does not fit" for p in passages[len(fitted.passages) :]]
+        return Composition(
+            plan=plan,
+            prompt=fitted.prompt,
+            tensors=contribution.tensors,
+            persona=persona,
+            revisions=revisions,
+            passages=fitted.passages,
+            dropped_turns=fitted.dropped_turns,
+            skipped=tuple(skipped),
+        )
+
+    def _adapters(self, revisions: Mapping[str, int], text: str) -> tuple[Contribution, list[str]]:
+        """What all attachments contribute, and which were left out and why."""
         parts: list[PlanPart] = []
         tensors: dict[Digest, TensorBundle] = {}
+        used: set[str] = set()
         skipped: list[str] = []
-        for owner in owners:
+        for owner in revisions:
             for attachment in self._library.attachments(owner, revision=revisions[owner]):
-                try:
-                    loaded = self._library.load(attachment)
-                except NotFoundError:
-                    loaded = None
-                if loaded is None or attachment.adapter.owner not in (*owners, SHARED):
-                    skipped.append(attachment.name)
+                if attachment.adapter.owner not in (owner, *revisions, SHARED):
+                    skipped.append(f"{attachment.name}: out of reach, no longer a group")
                     continue
-                request = AdapterRequest(
-                    origin=loaded.label, weight=attachment.weight, text=turns[-1].content
-                )
+                if attachment.adapter.cube_id in used:
+                    skipped.append(f"{attachment.name}: attached twice")
+                    continue
+                loaded = self._library.load(attachment)
+                if loaded is None:
+                    skipped.append(f"{attachment.name}: not in this store")
+                    continue
+                used.add(attachment.adapter.cube_id)
+                request = AdapterRequest(origin=loaded.label, weight=attachment.weight, text=text)
                 contribution = loaded.adapter.contribute(attachment.state, request)
                 parts += contribution.parts
                 tensors |= contribution.tensors
-        passages = self._recall(owners, turns, options, revisions)
-        if passages:
-            parts.append(Passages(items=tuple(map(_reference, passages))))
-        plan = CompositionPlan(self._model.fingerprint, tuple(parts), options.generation())
-        prompt, dropped = self._fit(turns, passages, plan, options)
-        return Composition(plan, prompt, tensors, persona, revisions, passages, dropped, tuple(skipped))
+        return Contribution(tuple(parts), tensors), skipped
 
     def _recall(
-        self,
-        owners: tuple[str, ...],
-        turns: Sequence[Message],
-        options: ChatOptions,
-        revisions: Mapping[str, int],
+        self, revisions: Mapping[str, int], turns: Sequence[Message], options: ChatOptions
     ) -> tuple[Passage, ...]:
-        if not owners or options.recall_k == 0:
+        if not revisions or options.recall_k == 0:
             return ()
-        found = self._recall_from(owners, turns[-1].content, options.recall_k, revisions)
+        found = self._recall_from(tuple(revisions), turns[-1].content, options.recall_k, revisions)
         return tuple(passage for passage in found if passage.score >= options.recall_score)
 
     def _fit(
         self,
         turns: tuple[Message, ...],
-        passages: Sequence[Passage],
-        plan: CompositionPlan,
+        passages: tuple[Passage, ...],
+        prefix: int,
         options: ChatOptions,
-    ) -> tuple[tuple[int, ...], int]:
-        """Token ids of the prompt and the number of turns that had to be dropped."""
-        prefixes: tuple[SoftPrefix, ...] = plan.of(SoftPrefix)
-        room = self._model.context_length - options.max_new_tokens - sum(p.length for p in prefixes)
-        texts = [passage.text for passage in passages]
-        dropped = 0
+    ) -> "_Fitted":
+        """The prompt that fits: without the least relevant memories first, then without the oldest turns."""
+        room = self._model.context_length - options.max_new_tokens - prefix
+        given = len(turns)
         while True:
-            prompt = encode(self._model.tokenizer, with_passages(turns, texts))
+            prompt = encode(self._model.tokenizer, with_passages(turns, [p.text for p in passages]))
             if len(prompt) <= room:
                 break
             shorter = drop_oldest(turns) if options.overflow == "drop_oldest_turns" else None
-            if shorter is None:
+            if passages:
+                passages = passages[:-1]
+            elif shorter is not None:
+                turns = shorter
+            else:
                 raise PromptTooLongError(
                     f"The prompt has {len(prompt)} tokens; {max(room, 0)} fit beside "
                     f"{options.max_new_tokens} new ones in a context of {self._model.context_length}.",
                     hint='Shorten it, lower max_new_tokens, or pass overflow="drop_oldest_turns".',
                 )
-            turns, dropped = shorter, dropped + 1
+        dropped = given - len(turns)
         if dropped:
             _log.warning("dropped the %d oldest turns to fit %d tokens of context", dropped, room)
-        return prompt, dropped
+        return _Fitted(prompt, passages, dropped)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    prompt: tuple[int, ...]
+    passages: tuple[Passage, ...]
+    dropped_turns: int
 
 
 def _reference(passage: Passage) -> PassageRef:

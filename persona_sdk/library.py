@@ -8,20 +8,29 @@ An attachment is pinned to one version of the adapter; attach again to take a ne
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from persona_sdk import registry
-from persona_sdk.adapters import Adapter
+from persona_sdk.adapters import Adapter, AdapterRequest
 from persona_sdk.config import FrozenConfig, validate_id
-from persona_sdk.errors import IncompatibleAdapterError, InvalidInputError, NotFoundError
-from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Source
+from persona_sdk.errors import (
+    IncompatibleAdapterError,
+    InvalidInputError,
+    NotFoundError,
+    RevisionConflictError,
+)
+from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Revision, Source
 from persona_sdk.models import LanguageModel
+from persona_sdk.plan import Contribution
 from persona_sdk.tensors import size_bytes
 
 SHARED = "shared"
 _CACHE_BYTES = 1 << 30
+_TRIES = 50
 
 
 class AdapterFacts(FrozenConfig):
@@ -69,20 +78,25 @@ class AdapterLibrary:
     def __init__(self, model: LanguageModel, store: MemoryStore) -> None:
         self._model = model
         self._store = store
-        self.kinds: dict[str, str] = {}  # of owners that have a handle and no commit yet
+        # Handles in use, by id: they know whether an owner without a commit is a user or a group.
+        self.handles: WeakValueDictionary[str, Any] = WeakValueDictionary()
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()
         self._lock = threading.Lock()
         store.on_forget(self._drop)
 
-    def add(self, name: str, adapter: Adapter, *, sources: Sequence[MemCube] = ()) -> MemCube:
+    def add(
+        self, name: str, adapter: Adapter, *, sources: Sequence[MemCube] = (), kind: str | None = None
+    ) -> MemCube:
         """File an adapter under ``owner/name`` (``name`` alone means ``shared/name``); replaces an old one.
 
-        An owner that nobody has mentioned yet becomes a group.
+        For a user's own adapters see `Persona.add_adapter`.
 
         Args:
             name: the owner's id and a name of its own, e.g. ``"nurses/tone"``.
             adapter: any family's adapter, made for this base model.
             sources: the memories it was trained from. Forgetting one of them retires the adapter.
+            kind: ``"user"`` or ``"group"``, for an owner that is not in the store yet; if left out, that of
+                its handle, else a group.
 
         Raises:
             IncompatibleAdapterError: made for another base model.
@@ -102,14 +116,14 @@ class AdapterLibrary:
                 ).model_dump(),
             ),
         )
-        old = [cube.id for cube in self._adapters(owner) if cube.header.title == title]
-        revision = self._store.commit(
-            owner,
-            kind=self._store.kind_of(owner) or self.kinds.get(owner, "group"),
-            add=(draft,),
-            retire=old,
-            message=f"adapter {name}",
-        )
+        handle = self.handles.get(owner)
+        kind = kind or self._store.kind_of(owner) or (handle.kind if handle is not None else "group")
+
+        def changes() -> dict[str, Any]:
+            return {"retire": [cube.id for cube in self._adapters(owner) if cube.header.title == title]}
+
+        message = f"adapter {name}"
+        revision = commit_edit(self._store, owner, changes, kind=kind, add=(draft,), message=message)
         return self._store.get(owner, revision.added[0])
 
     def names(self, owner: str | None = None) -> list[str]:
@@ -136,10 +150,13 @@ class AdapterLibrary:
             f"There is no adapter {name!r}.", hint=f"Adapters of {owner!r}: {known}. See model.adapters.add."
         )
 
+    def contribution(self, name: str, *, weight: float, state: Mapping[str, Any]) -> Contribution:
+        """What an adapter would add to a plan; for checking before it is attached."""
+        return self.get(name).contribute(state, AdapterRequest(origin=name, weight=weight))
+
     def attachment_draft(self, name: str, *, weight: float, state: Mapping[str, Any]) -> CubeDraft:
-        """What a persona commits to attach an adapter; checks base model and weights first."""
+        """What a persona commits to attach an adapter."""
         cube = self.find(name)
-        self._load(cube)
         return CubeDraft(
             kind="parametric",
             header=CubeHeader(
@@ -147,7 +164,7 @@ class AdapterLibrary:
                 semantic_type="attachment",
                 trust="system",
                 sources=(Source.of(cube),),
-                attributes=AttachmentFacts(weight=weight, state=dict(state)).model_dump(),
+                attributes=AttachmentFacts.parse({"weight": weight, "state": dict(state)}).model_dump(),
             ),
         )
 
@@ -164,15 +181,16 @@ class AdapterLibrary:
             if cube.header.semantic_type == "attachment" and cube.header.sources
         ]
 
-    def load(self, attachment: Attachment) -> Loaded:
-        """The adapter an attachment is pinned to.
+    def load(self, attachment: Attachment) -> Loaded | None:
+        """The adapter an attachment is pinned to; None if it is not in this store, as after importing a
+        member without the group.
 
         Raises:
-            NotFoundError: it is not in this store, as after importing a member without the group.
             CorruptBlobError: its stored weights are damaged.
         """
-        cube = self._store.get(attachment.adapter.owner, attachment.adapter.cube_id)
-        return Loaded(self._load(cube), f"{attachment.name}@{cube.revision}")
+        where = attachment.adapter
+        cube = self._store.lookup(where.owner, [where.cube_id]).get(where.cube_id)
+        return None if cube is None else Loaded(self._load(cube), f"{attachment.name}@{cube.revision}")
 
     def _drop(self, _owner: str) -> None:
         with self._lock:
@@ -210,8 +228,21 @@ def _bytes_of(adapter: Adapter) -> int:
     return size_bytes(adapter.tensors)
 
 
+def commit_edit(
+    store: MemoryStore, owner: str, changes: Callable[[], dict[str, Any]], **commit: Any
+) -> Revision:
+    """Commit what `changes` reads from the newest revision; read and commit again if somebody was faster."""
+    for _ in range(_TRIES - 1):
+        parent = store.head(owner)
+        with suppress(RevisionConflictError):
+            return store.commit(owner, parent=parent, **commit, **changes())
+    return store.commit(owner, parent=store.head(owner), **commit, **changes())
+
+
 def split_name(name: str) -> tuple[str, str]:
     """``"nurses/tone"`` -> ``("nurses", "tone")``; a bare name belongs to ``shared``."""
+    if not isinstance(name, str):
+        raise InvalidInputError(f"{name!r} is no adapter name.", hint='Expected "owner/name" or "name".')
     owner, slash, title = name.rpartition("/")
     if slash and not owner:
         raise InvalidInputError(f"{name!r} names no owner.", hint='Expected "owner/name" or "name".')

@@ -11,10 +11,12 @@ from typing import Any, Self
 
 from persona_sdk.compose import ChatOptions, Composer, Composition
 from persona_sdk.engine import Engine, Request
+from persona_sdk.errors import EngineError
 from persona_sdk.library import AdapterLibrary
 from persona_sdk.memory import MemoryStore, Passage, Retriever, VectorIndex
 from persona_sdk.models import Embedder, LanguageModel, load_embedder
 from persona_sdk.persona import Persona
+from persona_sdk.plan import CompositionPlan, Contribution
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Reply, ReplyStream, TextDecoder
 
@@ -60,15 +62,9 @@ class PersonaModel:
             UnknownModelError: the name leads nowhere.
             StoreError: the folder cannot be opened as a store.
         """
-        opened = MemoryStore.open(store)
-        try:
-            loaded = name
-            if isinstance(loaded, str):
-                loaded = LanguageModel.from_pretrained(loaded, device=device, dtype=dtype)
-            return cls(loaded, opened, embedder)
-        except BaseException:
-            opened.close()
-            raise
+        if isinstance(name, str):  # before the store is opened: a wrong name must not make one
+            name = LanguageModel.from_pretrained(name, device=device, dtype=dtype)
+        return cls(name, MemoryStore.open(store), embedder)
 
     def __enter__(self) -> Self:
         return self
@@ -96,13 +92,21 @@ class PersonaModel:
         """The handle of a group: its memories and attachments apply to every member."""
         return Persona(self, group_id, kind="group")
 
-    def import_persona(self, path: str | Path, *, as_id: str | None = None) -> Persona:
+    def import_persona(
+        self, path: str | Path, *, as_id: str | None = None, keep_groups: bool = False
+    ) -> Persona:
         """Read an archive made by `Persona.export`, under its own id or another.
+
+        Args:
+            path: the archive.
+            as_id: the id to give it; None keeps the archive's.
+            keep_groups: also join the groups the archive names. Members read what a group remembers, so do
+                this with archives you trust.
 
         Raises:
             ArchiveError: damaged, unsafe, or the id is taken; nothing was written.
         """
-        owner = self.store.import_archive(Path(path), as_id=as_id)
+        owner = self.store.import_archive(Path(path), as_id=as_id, keep_groups=keep_groups)
         return Persona(self, owner, kind=self.store.kind_of(owner) or "user")
 
     def chat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
@@ -134,7 +138,7 @@ class PersonaModel:
         decoder = TextDecoder(self.base.tokenizer, chat_options.stop_strings)
         steps = self._engine.stream([self._request(composition, seed, decoder)])
         tokens: list[int] = []
-        reason = "length"
+        reason: str | None = None
 
         def pieces() -> Iterator[str]:
             nonlocal reason
@@ -147,7 +151,12 @@ class PersonaModel:
                     yield text[len(sent) :]
                     sent = text
 
-        return ReplyStream(pieces(), lambda: self._reply(composition, tuple(tokens), reason, seed, decoder))
+        def finish() -> Reply:
+            if reason is None:
+                raise EngineError("The stream broke off before the reply was whole.", hint="Ask again.")
+            return self._reply(composition, tuple(tokens), reason, seed, decoder)
+
+        return ReplyStream(pieces(), finish)
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -159,6 +168,11 @@ class PersonaModel:
         """Search over memories."""
         return Retriever(self.store, self._index, self.embedder)
 
+    def check(self, contribution: Contribution) -> None:
+        """Raise unless the engine can execute these parts on this base model."""
+        plan = CompositionPlan(self.base.fingerprint, contribution.parts)
+        self._engine.check(Request(prompt=(0,), plan=plan, tensors=contribution.tensors), room=False)
+
     def _recall(
         self, owners: Sequence[str], query: str, k: int, revisions: Mapping[str, int]
     ) -> Sequence[Passage]:
@@ -167,9 +181,7 @@ class PersonaModel:
         return self.retriever.recall(owners, query, k, revisions)
 
     def _compose(self, persona: Persona | None, messages: Messages, options: ChatOptions) -> Composition:
-        if persona is None:
-            return self._composer.compose(None, messages, options)
-        return self._composer.compose(persona.id, messages, options, persona.groups)
+        return self._composer.compose(None if persona is None else persona.id, messages, options)
 
     @staticmethod
     def _request(composition: Composition, seed: int, decoder: TextDecoder) -> Request:

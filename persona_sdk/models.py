@@ -11,6 +11,7 @@ import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Wrap a model that is already in memory, freezing it in place."""
         module.eval().requires_grad_(False)
-        return cls(name, module, tokenizer, fingerprint or fingerprint_of(module))
+        model = cls(name, module, tokenizer, fingerprint or fingerprint_of(module))
+        model.linears()  # now, while nobody can be training on it
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -114,12 +117,17 @@ class LanguageModel:
 
     def linears(self) -> dict[str, nn.Module]:
         """The modules a low-rank patch may name: every linear map but the output head, by module path."""
-        head = self.module.get_output_embeddings()
-        return {
-            path: module
-            for path, module in self.module.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
-        }
+        return dict(self._linears)
+
+    @cached_property
+    def _linears(self) -> dict[str, nn.Module]:
+        with self.lock:  # a training run has layers of its own in the module tree meanwhile
+            head = self.module.get_output_embeddings()
+            return {
+                path: module
+                for path, module in self.module.named_modules()
+                if isinstance(module, nn.Linear | Conv1D) and module is not head
+            }
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """``(d_in, d_out)`` of every module of `linears`."""

@@ -5,14 +5,15 @@ Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_sdk.adapters import Adapter
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError
-from persona_sdk.library import SHARED, split_name
+from persona_sdk.library import SHARED, commit_edit, split_name
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Passage, Receipt, Revision
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Explanation, Reply, ReplyStream
@@ -31,7 +32,13 @@ class Persona:
         self.kind = kind
         self._model = model
         self._store = model.store
-        model.adapters.kinds.setdefault(self.id, kind)
+        known = "group" if self.id == SHARED else self._store.kind_of(self.id)
+        if known not in (None, kind):
+            raise InvalidInputError(
+                f"{self.id!r} is a {known}, not a {kind}.",
+                hint="Users and groups share one space of ids; model.group opens groups.",
+            )
+        model.adapters.handles[self.id] = self
 
     def __repr__(self) -> str:
         return f"Persona({self.id!r}, kind={self.kind!r}, revision={self.revision})"
@@ -109,6 +116,8 @@ class Persona:
             InvalidInputError: a text is blank or longer than `MAX_TEXT` characters.
             StoreFullError: no room; nothing was stored.
         """
+        if isinstance(texts, str):
+            raise InvalidInputError("remember_all takes a list of texts.", hint="For one text use remember.")
         for index, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise InvalidInputError(f"Text {index} is empty.", hint="Give some text to remember.")
@@ -144,13 +153,15 @@ class Persona:
     def forget(self, query_or_cube_id: str) -> Receipt:
         """Erase one memory by cube id, or every memory that contains a phrase, and all that derives from it.
 
+        Memories that a rollback took out of sight are found too.
+
         Raises:
             NotFoundError: nothing matches; nothing was erased.
         """
-        phrase = query_or_cube_id.strip().casefold()
-        if not phrase:
+        if not isinstance(query_or_cube_id, str) or not query_or_cube_id.strip():
             raise InvalidInputError("There is nothing to look for.", hint="Give a cube id or a phrase.")
-        cubes = self._store.cubes(self.id)
+        phrase = query_or_cube_id.strip().casefold()
+        cubes = self._store.all_cubes(self.id)
         found = [cube.id for cube in cubes if cube.id == query_or_cube_id] or [
             cube.id for cube in cubes if cube.text is not None and phrase in cube.text.casefold()
         ]
@@ -167,6 +178,10 @@ class Persona:
 
     # Adapters -----------------------------------------------------------------------------------------
 
+    def add_adapter(self, title: str, adapter: Adapter, *, sources: Sequence[MemCube] = ()) -> MemCube:
+        """File an adapter of this persona, as ``<id>/<title>``; see `AdapterLibrary.add`."""
+        return self._model.adapters.add(f"{self.id}/{title}", adapter, sources=sources, kind=self.kind)
+
     def attach(self, name: str, *, weight: float = 1.0, state: dict[str, Any] | None = None) -> Revision:
         """Use an adapter from now on. Attaching a name again replaces the old attachment.
 
@@ -177,20 +192,24 @@ class Persona:
 
         Raises:
             NotFoundError: no such adapter within this persona's reach.
-            IncompatibleAdapterError: made for another base model.
+            InvalidInputError: weight or state cannot be used.
+            IncompatibleAdapterError: made for another base model, or shapes that do not fit it.
         """
-        if not -10 <= weight <= 10:  # false for NaN too
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not -10 <= weight <= 10:  # false for NaN too
             raise InvalidInputError(
-                f"weight={weight} cannot be used.", hint="Expected a number in [-10, 10]."
+                f"weight={weight!r} cannot be used.", hint="Expected a number in [-10, 10]."
             )
-        owner, _ = split_name(name)
+        owner, title = split_name(name)
         if owner not in (self.id, *self.groups, SHARED):
             raise NotFoundError(
                 f"There is no adapter {name!r} within reach of {self.id!r}.",
                 hint="A persona can attach its own adapters, its groups' and shared ones.",
             )
-        draft = self._model.adapters.attachment_draft(name, weight=float(weight), state=state or {})
-        return self._commit(f"attach {name}", add=[draft], retire=self._attached(name))
+        full, library = f"{owner}/{title}", self._model.adapters
+        self._model.check(library.contribution(full, weight=float(weight), state=state or {}))
+        draft = library.attachment_draft(full, weight=float(weight), state=state or {})
+        return self._edit(f"attach {full}", lambda: {"retire": self._attached(full)}, add=[draft])
 
     def detach(self, name: str) -> Revision:
         """Stop using an adapter.
@@ -198,10 +217,15 @@ class Persona:
         Raises:
             NotFoundError: it is not attached.
         """
-        attached = self._attached(name)
-        if not attached:
-            raise NotFoundError(f"{name!r} is not attached to {self.id!r}.", hint="See attachments().")
-        return self._commit(f"detach {name}", retire=attached)
+        full = "/".join(split_name(name))
+
+        def changes() -> dict[str, Any]:
+            attached = self._attached(full)
+            if not attached:
+                raise NotFoundError(f"{full!r} is not attached to {self.id!r}.", hint="See attachments().")
+            return {"retire": attached}
+
+        return self._edit(f"detach {full}", changes)
 
     def attachments(self) -> list[str]:
         """Names of the attached adapters, in the order they apply."""
@@ -227,12 +251,17 @@ class Persona:
 
     def join(self, groups: Sequence[str]) -> None:
         """Set the groups this persona belongs to; a commit if they change."""
+        if isinstance(groups, str):
+            raise InvalidInputError(f"groups is {groups!r}.", hint="Expected a list of group ids.")
         wanted = tuple(dict.fromkeys(groups))
         if wanted != self.groups:
             self._commit("groups", groups=wanted)
 
     def _attached(self, name: str) -> list[str]:
         return [a.cube_id for a in self._model.adapters.attachments(self.id) if a.name == name]
+
+    def _edit(self, message: str, changes: Callable[[], dict[str, Any]], **commit: Any) -> Revision:
+        return commit_edit(self._store, self.id, changes, kind=self.kind, message=message, **commit)
 
     def _commit(self, message: str, **changes: Any) -> Revision:
         return self._store.commit(self.id, kind=self.kind, message=message, **changes)

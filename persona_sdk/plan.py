@@ -59,6 +59,8 @@ class LowRankPatch:
 
     def __post_init__(self) -> None:
         _require_digest(self.factors, f"Factors of {self.origin!r}")
+        # One form for equal gates: floats, no negative zero. Equal plans must have equal ids.
+        object.__setattr__(self, "gate", tuple(float(value) + 0.0 for value in self.gate))
         _require(
             self.rank >= 1 and len(self.gate) == self.rank,
             f"{self.origin!r} has rank {self.rank} and a gate of length {len(self.gate)}.",
@@ -217,6 +219,8 @@ class CompositionPlan:
     options: GenerationOptions = field(default_factory=GenerationOptions)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        _require(isinstance(self.base, str), f"The base is {self.base!r}.", "Expected a fingerprint.")
         check_combination(self.parts)
 
     def of(self, part_type: type) -> tuple[Any, ...]:
@@ -249,7 +253,7 @@ class CompositionPlan:
                 {**data["options"], "stop_strings": tuple(data["options"].get("stop_strings", ()))}
             )
             return cls(base=data["base"], parts=parts, options=options)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             if isinstance(error, CompositionError):
                 raise
             raise CompositionError(
@@ -271,6 +275,11 @@ def _part_from_json(data: dict[str, Any]) -> PlanPart:
         fields["bias"] = tuple((int(token), float(value)) for token, value in fields["bias"])
     if "items" in fields:
         fields["items"] = tuple(PassageRef(**item) for item in fields["items"])
+    for name in ("length", "rank", "candidates"):
+        if not isinstance(fields.get(name, 0), int):
+            raise TypeError(f"{name} is {fields[name]!r}")
+    if not isinstance(fields.get("origin", ""), str):
+        raise TypeError(f"origin is {fields['origin']!r}")
     part: PlanPart = part_type(**fields)
     return part
 

@@ -128,7 +128,7 @@ class Explanation:
         ]
         if reply.dropped_turns:
             rows.append(("dropped", f"{reply.dropped_turns} oldest turns did not fit"))
-        rows += [("left out", f"{name}  is out of reach of this persona") for name in reply.skipped]
+        rows += [("left out", what) for what in reply.skipped]
         options = reply.plan.options
         how = f"sampled, seed {reply.seed}" if options.do_sample else "greedy"
         rows.append(("decoding", f"{how}, at most {options.max_new_tokens} tokens"))

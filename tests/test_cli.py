@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from persona_sdk import PersonaModel, cli
+from persona_sdk.errors import InvalidInputError, NotFoundError
+from persona_sdk.memory import MemoryStore
 from persona_sdk.testing import HashEmbedder
 
 
@@ -80,3 +82,23 @@ def test_chat_says_one_thing_and_leaves(store, tmp_path, tiny):
     session = run("chat", "--user", "newcomer", *common, text="Hello\n/explain\n/history\n/nothing\n/quit\n")
     assert "newcomer@0" in session
     assert "newcomer" not in run("personas", "list", "--store", store)  # talking is reading
+
+
+def test_an_empty_cube_id_erases_nothing(store):
+    with pytest.raises(InvalidInputError, match="empty"):
+        run("personas", "forget", "alice", "", "--yes", "--store", store)
+    assert "dog" in run("personas", "show", "alice", "--store", store)
+
+
+def test_looking_makes_no_store(tmp_path):
+    with pytest.raises(NotFoundError, match="no store"):
+        run("personas", "list", "--store", str(tmp_path / "typo"))
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_cube_that_is_shown_can_be_forgotten(store):
+    with MemoryStore.open(store) as opened:
+        cube = opened.cubes("alice")[0]
+    assert cube.id in run("personas", "show", "alice", "--store", store).replace("\n", "")
+    receipt = json.loads(run("personas", "forget", "alice", cube.id, "--yes", "--store", store))
+    assert receipt["cube_ids"] == [cube.id]

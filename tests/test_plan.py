@@ -66,6 +66,14 @@ def test_ids_differ_when_content_differs(one, other):
     assert (one.plan_id == other.plan_id) == (one == other)
 
 
+def test_equal_plans_have_equal_ids():
+    one = CompositionPlan(MARK, (patch(gate=(1, 0)),))
+    other = CompositionPlan(MARK, (patch(gate=(1.0, -0.0)),))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.plan_id == other.plan_id
+
+
 def test_every_part_has_a_rule_in_the_table():
     assert set(COMBINATIONS) == set(PART_TYPES)
 
@@ -129,6 +137,9 @@ def test_parts_that_cannot_be(build):
         '{"base":"b","parts":[{"kind":"nonsense"}],"options":{}}',
         '{"base":"b","parts":[{"kind":"soft_prefix","vectors":"zz","length":1,"origin":"s"}],"options":{}}',
         '{"base":"b","parts":[],"options":{"unknown_option":1}}',
+        '{"base":5,"parts":[],"options":{}}',
+        '{"base":"b","parts":[{"kind":"decoding_rule","bias":[[1e999,0]],"origin":"d"}],"options":{}}',
+        f'{{"base":"b","parts":[{{"kind":"soft_prefix","vectors":"{MARK}","length":1.5,"origin":"s"}}],"options":{{}}}}',
         '{"base":"b","parts":[],"options":{"temperature":-1}}',
     ],
 )

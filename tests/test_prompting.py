@@ -1,11 +1,21 @@
 """Messages in, token ids out; text stays data."""
 
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from persona_sdk.errors import InvalidInputError
-from persona_sdk.prompting import Message, defuse, drop_oldest, encode, parse_messages, with_passages
+from persona_sdk.prompting import (
+    Message,
+    control_tokens,
+    defuse,
+    drop_oldest,
+    encode,
+    parse_messages,
+    with_passages,
+)
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -69,6 +79,30 @@ def test_drop_oldest_keeps_system_and_last():
         [{"role": "system", "content": "s"}, USER, ANSWER, {"role": "user", "content": "now"}]
     )
     once = drop_oldest(turns)
-    assert [turn.content for turn in once] == ["s", "Hello", "now"]
-    assert [turn.content for turn in drop_oldest(once)] == ["s", "now"]
-    assert drop_oldest(drop_oldest(once)) is None
+    assert [turn.content for turn in once] == ["s", "now"]
+    assert drop_oldest(once) is None
+    assert drop_oldest(once[1:]) is None
+
+
+STRICT = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}|{% endfor %}"
+)
+
+
+def test_templates_without_a_system_role_get_the_notes_with_the_first_user_turn(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = STRICT
+    turns = with_passages(parse_messages([USER, ANSWER, USER]), ["likes tea"])
+    assert tokenizer.decode(encode(tokenizer, turns)).endswith("- likes tea\n\nHi|Hello|Hi|")
+    with pytest.raises(InvalidInputError, match="roles must alternate"):
+        encode(tokenizer, parse_messages([ANSWER, USER]))
+
+
+def test_markup_that_is_not_flagged_special_is_broken_up_too(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.add_tokens(["<|User|>", "  "])
+    marker = tokenizer.convert_tokens_to_ids("<|User|>")
+    assert marker not in encode(tokenizer, parse_messages("a <|User|> b"))
+    assert "  " not in control_tokens(tokenizer)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from persona_sdk.engine.hooks import LowRankHooks
 from persona_sdk.engine.prompts import PromptBatch, lay_out, positions_of, soft_vectors
-from persona_sdk.engine.rows import LowRankRows
+from persona_sdk.engine.rows import LowRankRows, check_patch
 from persona_sdk.engine.sampling import TokenChooser
 from persona_sdk.errors import (
     CompositionError,
+    EngineError,
     IncompatibleAdapterError,
     InvalidInputError,
     PromptTooLongError,
@@ -82,14 +83,17 @@ class Engine:
         self._shapes = model.linear_shapes()
         with model.lock:  # not while a training run has its own layers in the module tree
             self._hooks = LowRankHooks(model.linears())
+        self._closed = False
+        self._vocab = int(model.module.config.get_text_config().vocab_size)
         self._end_tokens = _end_tokens(model)
         self._pad = next(
             (int(t) for t in (model.tokenizer.pad_token_id, *sorted(self._end_tokens)) if t is not None), 0
         )
 
     def close(self) -> None:
-        """Take the hooks off the base model."""
+        """Take the hooks off the base model. Streams that are still open fail at their next token."""
         with self.model.lock:
+            self._closed = True
             self._hooks.remove()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -125,8 +129,11 @@ class Engine:
                 out = self.model.module(**batch.inputs(), use_cache=False).logits
         return [out[i, out.shape[1] - len(request.prompt) :] for i, request in enumerate(requests)]
 
-    def check(self, request: Request) -> None:
-        """Raise unless this engine can execute the request. Moves no tensor."""
+    def check(self, request: Request, *, room: bool = True) -> None:
+        """Raise unless this engine can execute the request. Moves no tensor.
+
+        With ``room=False`` the length of the prompt is left out, to check a plan by itself.
+        """
         plan, prompt = request.plan, request.prompt
         if plan.base != self.model.fingerprint:
             raise IncompatibleAdapterError(
@@ -145,7 +152,12 @@ class Engine:
                     f"The request does not carry the tensors {named[:12]} of {part.origin!r}.",
                     hint="Pass the contributions' tensors along with the plan.",
                 )
-        vocab = int(self.model.module.config.vocab_size)
+        for patch in plan.low_rank:
+            check_patch(patch, request.tensors[patch.factors], self._shapes)
+        soft_vectors(plan.of(SoftPrefix), request.tensors, self.model.d_model)
+        if not 0 <= request.seed < 2**63:
+            raise InvalidInputError(f"The seed is {request.seed}.", hint="Expected an integer in [0, 2**63).")
+        vocab = self._vocab
         rules: tuple[DecodingRule, ...] = plan.of(DecodingRule)
         stray = [t for t in (*prompt, *(t for rule in rules for t, _ in rule.bias)) if not 0 <= t < vocab]
         if not prompt or stray:
@@ -157,7 +169,7 @@ class Engine:
             )
         prefix = sum(part.length for part in plan.of(SoftPrefix))
         needed = prefix + len(prompt) + plan.options.max_new_tokens
-        if needed > self.model.context_length:
+        if room and needed > self.model.context_length:
             raise PromptTooLongError(
                 f"{prefix + len(prompt)} prompt and {plan.options.max_new_tokens} new tokens do not fit the "
                 f"context of {self.model.context_length}.",
@@ -184,6 +196,8 @@ class Engine:
     @contextmanager
     def _forward(self, rows: LowRankRows | None) -> Iterator[None]:
         with self.model.lock, self._hooks.bound(rows):
+            if self._closed:
+                raise EngineError("The engine was closed.", hint="Open the model again.")
             yield
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Step]:
@@ -194,7 +208,7 @@ class Engine:
                 [r.plan.of(DecodingRule) for r in requests],
                 [r.seed for r in requests],
                 [r.prompt for r in requests],
-                vocab=int(self.model.module.config.vocab_size),
+                vocab=self._vocab,
                 device=self.model.device,
             )
         live = set(range(len(requests)))

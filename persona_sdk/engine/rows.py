@@ -64,23 +64,17 @@ class LowRankRows:
     ) -> None:
         """Write the factors and gates of a row's patches, side by side along the rank axis.
 
-        Raises:
-            IncompatibleAdapterError: a factor names no module of this model or does not fit its shape.
+        The patches have passed `check_patch`.
         """
         start = 0
         for patch in patches:
             for module, A, B in low_rank_pairs(tensors[patch.factors]):
-                self._check(patch, module, A, B)
                 factors = self._factors(module)
                 stop = start + A.shape[0]
                 factors.A[row, start:stop].copy_(A)
                 factors.B[row, :, start:stop].copy_(B)
             self.gate[row, 0, start : start + patch.rank] = torch.tensor(patch.gate)
             start += patch.rank
-
-    def set_gate(self, row: int, gate: Sequence[float]) -> None:
-        """Replace the gates of a row, all its patches in order; factors stay as they are."""
-        self.gate[row, 0, : len(gate)] = torch.tensor(gate)
 
     def _factors(self, module: str) -> RowFactors:
         if module not in self.modules:
@@ -91,12 +85,15 @@ class LowRankRows:
             )
         return self.modules[module]
 
-    def _check(self, patch: LowRankPatch, module: str, A: Tensor, B: Tensor) -> None:
-        expected = self._shapes.get(module)
+
+def check_patch(patch: LowRankPatch, bundle: TensorBundle, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `IncompatibleAdapterError` unless every factor fits the module it names."""
+    for module, A, B in low_rank_pairs(bundle):
+        expected = shapes.get(module)
         if expected is None:
             raise IncompatibleAdapterError(
                 f"{patch.origin!r} patches {module!r}, which this model does not have.",
-                hint=f"Modules here look like {next(iter(self._shapes), 'none')!r}.",
+                hint=f"Modules here look like {next(iter(shapes), 'none')!r}.",
             )
         if (A.shape[1], B.shape[0]) != expected or A.shape[0] > patch.rank:
             raise IncompatibleAdapterError(

@@ -44,20 +44,27 @@ def sample(
 ) -> Int[Tensor, " rows"]:
     """One token per row: the quantile `draws` of the tempered, top-k and top-p filtered distribution.
 
-    ``top_k`` of 0 keeps the whole vocabulary. Probabilities are computed in float64, so that a row gets
-    the same token whichever width its neighbours ask for.
+    ``top_k`` of 0 keeps the whole vocabulary. Tokens that tie with the last one kept are kept too, and the
+    quantile runs through the vocabulary in order, so that neither ties nor what a row's neighbours ask for
+    decide its token. Probabilities are float64.
     """
     vocab = logits.shape[1]
-    keep = torch.where(top_k == 0, vocab, top_k.clamp(max=vocab))
-    scores, tokens = torch.topk(logits, int(keep.max()), dim=1)  # descending
-    scores = scores.double() / temperature
-    scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= keep, -torch.inf)
-    probabilities = scores.softmax(dim=1)
-    before = probabilities.cumsum(dim=1) - probabilities
-    kept = probabilities.masked_fill(before >= top_p, 0.0)  # the most likely token always stays: before is 0
-    cumulative = kept.cumsum(dim=1)
-    chosen = (cumulative <= draws[:, None].to(cumulative) * cumulative[:, -1:]).sum(dim=1)
-    return tokens.gather(1, chosen.clamp(max=scores.shape[1] - 1)[:, None])[:, 0]
+    scores = logits.double() / temperature
+    if bool((top_k > 0).any()):
+        keep = top_k.clamp(max=vocab)
+        largest = torch.topk(scores, int(keep.max()), dim=1).values
+        last = largest.gather(1, (keep - 1).clamp(min=0)).masked_fill(keep == 0, -torch.inf)
+        scores = scores.masked_fill(scores < last, -torch.inf)
+    if bool((top_p < 1).any()):
+        width = int(torch.isfinite(scores).sum(dim=1).max())
+        largest = torch.topk(scores, width, dim=1).values
+        likely = largest.softmax(dim=1)
+        before = likely.cumsum(dim=1) - likely  # 0 for the most likely token, which always stays
+        last = largest.masked_fill(before >= top_p, torch.inf).min(dim=1, keepdim=True).values
+        scores = scores.masked_fill(scores < last, -torch.inf)
+    cumulative = scores.softmax(dim=1).cumsum(dim=1)
+    target = draws[:, None].to(cumulative) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=vocab - 1)
 
 
 class TokenChooser:
@@ -83,7 +90,7 @@ class TokenChooser:
         self._top_p = column([o.top_p for o in picked])
         self._draws: Tensor | None = None
         if picked:
-            longest = max(o.max_new_tokens for o in picked)
+            longest = max(o.max_new_tokens for o in options)  # a finished row goes on with the batch
             streams = [uniforms(seeds[int(row)], longest) for row in self._sampled]
             self._draws = torch.stack(streams).to(device)
 

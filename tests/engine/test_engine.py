@@ -167,6 +167,14 @@ def test_tokens_of_every_row_equal_its_solo_run(engine, tiny):
     assert engine.generate(rows[::-1]) == engine.generate(rows)[::-1]
 
 
+def test_a_short_sampled_row_beside_a_long_greedy_one(engine, tiny):
+    rows = [
+        request(tiny, PROMPTS[0], max_new_tokens=100, ignore_eos=True),
+        request(tiny, PROMPTS[1], max_new_tokens=5, do_sample=True, ignore_eos=True),
+    ]
+    assert [len(completion.tokens) for completion in engine.generate(rows)] == [100, 5]
+
+
 def test_same_seed_same_tokens_and_another_seed_differs(engine, tiny):
     def run(seed: int) -> tuple[int, ...]:
         row = request(tiny, PROMPTS[0], do_sample=True, temperature=2.0, seed=seed)

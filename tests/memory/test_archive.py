@@ -87,7 +87,7 @@ def test_a_persona_comes_back_whole_in_another_store(
     store: MemoryStore, tmp_path: Path, archive: Path
 ) -> None:
     with MemoryStore.open(tmp_path / "other") as other:
-        assert other.import_archive(archive) == "alice"
+        assert other.import_archive(archive, keep_groups=True) == "alice"
         assert view(other, "alice") == view(store, "alice")
         assert [c.id for c in other.cubes("alice")] == [c.id for c in store.cubes("alice")], "ids are kept"
         assert other.personas() == store.personas()
@@ -99,7 +99,7 @@ def test_a_persona_comes_back_whole_in_another_store(
 
 
 def test_a_copy_beside_the_original_has_ids_of_its_own(store: MemoryStore, archive: Path) -> None:
-    assert store.import_archive(archive, as_id="alice2") == "alice2"
+    assert store.import_archive(archive, as_id="alice2", keep_groups=True) == "alice2"
     assert view(store, "alice2") == view(store, "alice")
     mine, copies = ({cube.id for cube in store.cubes(owner)} for owner in ("alice", "alice2"))
     assert not mine & copies
@@ -114,7 +114,7 @@ def test_the_same_persona_gives_the_same_bytes(store: MemoryStore, tmp_path: Pat
     assert again.read_bytes() == archive.read_bytes()
     assert b"to be forgotten" not in archive.read_bytes()
     with MemoryStore.open(tmp_path / "other") as other:
-        other.import_archive(archive)
+        other.import_archive(archive, keep_groups=True)
         third = other.export("alice", tmp_path / "third.memcube")
     expected = read(archive)
     assert {name: data for name, data in read(third).items() if name.endswith(".safetensors")} == {
@@ -135,7 +135,7 @@ def test_what_cannot_be_exported_or_named_is_refused(
     with pytest.raises(ArchiveError, match="already"):
         store.import_archive(archive)
     with pytest.raises(ArchiveError):
-        store.import_archive(archive, as_id="a")  # a group of its own history
+        store.import_archive(archive, as_id="a", keep_groups=True)  # a group of its own history
     with pytest.raises(ArchiveError):
         store.import_archive(tmp_path / "missing.memcube", as_id="carol")
     assert [p.id for p in store.personas()] == ["alice"]
@@ -146,7 +146,7 @@ def test_an_archive_cannot_join_a_user(tmp_path: Path, archive: Path) -> None:
     with MemoryStore.open(tmp_path / "other") as other:
         other.commit("a", add=[CubeDraft.of("a is a user here")])
         with pytest.raises(ArchiveError, match="is a user"):
-            other.import_archive(archive)
+            other.import_archive(archive, keep_groups=True)
         assert [p.id for p in other.personas()] == ["a"]
 
 
@@ -302,7 +302,7 @@ def test_packing_an_archive_again_is_not_itself_an_attack(archive: Path, tmp_pat
     """Else the tests above would pass for the wrong reason."""
     path = pack(tmp_path / "same.memcube", read(archive))
     with MemoryStore.open(tmp_path / "other") as other:
-        assert other.import_archive(path) == "alice"
+        assert other.import_archive(path, keep_groups=True) == "alice"
 
 
 def test_a_changed_member_does_not_match_its_hash(victim: MemoryStore, archive: Path, tmp_path: Path) -> None:
@@ -376,3 +376,14 @@ def test_truncated_and_scrambled_files_are_refused(
             assert other.personas() == []
         else:  # a byte that means nothing, such as a time stamp: then nothing may differ either
             assert other.head("alice") == 5
+
+
+def test_an_archive_joins_no_group_unless_asked(tmp_path: Path) -> None:
+    with MemoryStore.open(tmp_path / "a") as store:
+        store.commit("mallory", add=[CubeDraft.of("x")], groups=["admins"])
+        archive = store.export("mallory", tmp_path / "m.memcube")
+    with MemoryStore.open(tmp_path / "b") as other:
+        other.commit("admins", kind="group", add=[CubeDraft.of("secret")])
+        other.import_archive(archive)
+        assert other.groups("mallory") == ()
+        assert other.groups("mallory", revision=1) == ()
