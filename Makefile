@@ -53,7 +53,7 @@ bench: venv ## Run every benchmark, quick variant
 	@$(PIP_INSTALL) -e ".[bench]"
 	@for file in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$file .py); \
-		if grep -q '__main__' $$file; then $(BIN)/python -m benchmarks.$$name --quick $(ARGS); fi; \
+		if grep -q -- '--quick\|harness.arguments' $$file && grep -q '__main__' $$file; then $(BIN)/python -m benchmarks.$$name --quick $(ARGS); fi; \
 	done
 
 constraints: venv ## Rewrite constraints.txt with the versions installed in .venv

@@ -43,7 +43,16 @@ MAX_JSON = 256 << 20
 MAX_TOTAL = 16 << 30
 
 _BLOB_MEMBER = re.compile(rf"{BLOBS}[0-9a-f]{{64}}{re.escape(SUFFIX)}")
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    KeyError,
+    OSError,
+)
 _RecordT = TypeVar("_RecordT", bound=FrozenConfig)
 
 

@@ -5,6 +5,8 @@
 """
 
 import contextlib
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.vault import Vault
 from persona_sdk.tensors import Digest
 
+logger = logging.getLogger("persona_sdk.memory")
+
 
 class StoreCore:
     """An open folder: transactions, blobs and the listeners that hear of erasures."""
@@ -29,24 +33,34 @@ class StoreCore:
         self.folder = folder
         self.vault = vault
         self._engine: Engine | None = engine
+        self._process = os.getpid()
         self._lock = threading.RLock()
         self._forget_listeners: list[Callable[[str], None]] = []
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A read transaction. For modules of this package: whoever uses it names the owner in every query."""
+        self._require_process()
         with translated(self.folder), self._open_engine().connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """The one write transaction, for modules of this package; rolled back when the block raises."""
+        self._require_process()
         with (
             self._lock,
             translated(self.folder),
             self._open_engine().execution_options(immediate=True).begin() as connection,
         ):
             yield connection
+
+    def _require_process(self) -> None:
+        # SQLite connections do not survive a fork: the parent would delete the log the child writes to.
+        if os.getpid() != self._process:
+            raise StoreError(
+                "The store was opened before this process was forked.", hint="Open it again in each process."
+            )
 
     def _open_engine(self) -> Engine:
         if self._engine is None:
@@ -96,9 +110,13 @@ class StoreCore:
         with self.reading() as connection:
             found = self.vault.candidates(self._named(connection))
         if found:
-            with contextlib.suppress(PersonaError), self.writing() as connection:
-                for file in self.vault.candidates(self._named(connection)):
-                    file.unlink(missing_ok=True)
+            with contextlib.suppress(PersonaError):
+                self._drop_orphans()
+
+    def _drop_orphans(self, **age: float) -> None:
+        with self.writing() as connection:
+            for file in self.vault.candidates(self._named(connection), **age):
+                file.unlink(missing_ok=True)
 
     @staticmethod
     def _named(connection: Connection) -> set[Digest]:
@@ -114,10 +132,17 @@ class StoreCore:
         """For `erasure`: tell those who asked with `on_forget`."""
         for owner in owners:
             for listener in self._forget_listeners:
-                listener(owner)
+                try:
+                    listener(owner)
+                except Exception:  # somebody else's code; the erasure and its receipt must not be lost
+                    logger.exception("a listener failed when something was forgotten")
 
     def scrub(self) -> bool:
         """Make erased bytes vanish from the folder; False if another process keeps them in use."""
+        try:
+            # Orphans of any age: writers look again inside their transaction, which this one excludes.
+            self._drop_orphans(min_age=0.0)
+        except StoreError:
+            return False
         with self._lock:
-            self.sweep()
             return database.scrub(self._open_engine(), self.folder)

@@ -57,7 +57,14 @@ def clean_text(value: str, what: str) -> str:
     return value
 
 
-UtcTime: TypeAlias = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(f"{moment} has no place in UTC") from error
+
+
+UtcTime: TypeAlias = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class Source(FrozenConfig):

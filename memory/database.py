@@ -129,12 +129,14 @@ def _migrate(engine: Engine, file: Path) -> None:
 
 
 def _back_up(file: Path, target: Path) -> None:
-    with (
-        files.replacing(target) as partial,
-        closing(sqlite3.connect(file)) as source,
-        closing(sqlite3.connect(partial)) as copy,
-    ):
+    # Named like the backup, so that `scrub` finds what a crash leaves of it.
+    partial = target.with_name(f"{target.name}.tmp")
+    partial.unlink(missing_ok=True)
+    with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(partial)) as copy:
         source.backup(copy)
+    files.sync(partial)
+    partial.replace(target)
+    files.sync(target.parent)
 
 
 def scrub(engine: Engine, folder: Path) -> bool:
@@ -144,7 +146,7 @@ def scrub(engine: Engine, folder: Path) -> bool:
     a second copy of the database.
     """
     try:
-        for backup in folder.glob(BACKUP_GLOB):
+        for backup in folder.glob(f"{BACKUP_GLOB}*"):
             backup.unlink(missing_ok=True)
         files.sync(folder)
         with closing(engine.raw_connection()) as raw:

@@ -17,8 +17,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, LargeBinary, cast, delete, func, insert, select, update
 
 from persona_sdk.errors import NotFoundError, StoreError
 from persona_sdk.memory import revisions
@@ -181,10 +182,14 @@ def _bury(
     _delete_cubes(connection, owner, ids, tally)
 
 
+def _byte_length(column: Any) -> Any:
+    return func.length(cast(column, LargeBinary))
+
+
 def _delete_cubes(connection: Connection, owner: str, ids: Sequence[str], tally: _Tally) -> None:
     """Delete cubes with all rows that hang on them, and count."""
     size = func.coalesce(
-        func.sum(func.length(cubes.c.header) + func.length(func.coalesce(cubes.c.text, ""))), 0
+        func.sum(_byte_length(cubes.c.header) + _byte_length(func.coalesce(cubes.c.text, ""))), 0
     )
     for part in _chunks(ids):
         mine = (cubes.c.owner == owner) & cubes.c.id.in_(part)
@@ -208,6 +213,11 @@ def _remove_persona(
     count = connection.execute(select(func.count()).where(revision_rows.c.owner == owner)).scalar_one()
     for table in (tombstones, group_memberships, revision_rows, personas):
         tally.rows += connection.execute(delete(table).where(table.c.owner == owner)).rowcount
+    # Whoever makes a group of this name later must not find the old members in it.
+    members = group_memberships.c.group_id == owner
+    for member in set(connection.execute(select(group_memberships.c.owner).where(members)).scalars()):
+        revisions.touch(connection, member)
+    tally.rows += connection.execute(delete(group_memberships).where(members)).rowcount
     counts = {"cubes": len(ids), "vectors": tally.vectors, "revisions": count}
     hashed = hashlib.sha256(owner.encode()).hexdigest()
     values = {"owner": hashed, "at": to_column(at), "counts": json.dumps(counts)}

@@ -46,7 +46,10 @@ class Receipt:
         return replace(self, sha256=hashlib.sha256(self.canonical().encode()).hexdigest())
 
     def verify(self, store: StoreReader) -> bool:
-        """Look again: whether the receipt is unaltered and nothing it names is left in the store."""
+        """Look again: whether nothing the receipt names is left in the store.
+
+        The receipt's own hash guards against accidents, not against forgery: it has no key.
+        """
         if self.sealed().sha256 != self.sha256:
             return False
         keys = [cubes.c.id, memberships.c.cube_id, vectors.c.cube_id, sources.c.cube_id, sources.c.source_id]
@@ -65,4 +68,6 @@ class Receipt:
             )
             if any(store.vault.holds(blob) for blob in self.blobs if blob not in named):
                 return False
-        return not any(file.stat().st_mtime < self.at.timestamp() for file in store.folder.glob(BACKUP_GLOB))
+        return not any(
+            file.stat().st_mtime < self.at.timestamp() for file in store.folder.glob(f"{BACKUP_GLOB}*")
+        )

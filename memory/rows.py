@@ -59,7 +59,9 @@ def insert_cube(
     """Write a draft as a cube of revision `number`; return its id. Opens no interval."""
     name = cube_id or uuid.uuid4().hex
     values = {"id": name, "kind": draft.kind, "text": draft.text, "blob": blob, "revision": number}
-    connection.execute(insert(cubes).values(owner=owner, header=draft.header.model_dump_json(), **values))
+    header = draft.header.model_dump_json()
+    require_readable(header)
+    connection.execute(insert(cubes).values(owner=owner, header=header, **values))
     if links := {(source.owner, source.cube_id) for source in draft.header.sources}:
         rows = [
             {"owner": owner, "cube_id": name, "source_owner": o, "source_id": i} for o, i in sorted(links)
@@ -68,6 +70,19 @@ def insert_cube(
     if draft.vector is not None and draft.encoder is not None:
         insert_vectors(connection, owner, draft.encoder, {name: draft.vector})
     return name
+
+
+def require_readable(header: str) -> None:
+    """Raise `InvalidInputError` for a header that could be written but never read again, such as one with
+    attributes nested deeper than the reader goes, or made without validation.
+    """
+    try:
+        CubeHeader.model_validate_json(header)
+    except ValueError as error:
+        raise InvalidInputError(
+            "The header of a cube could be written but not read again.",
+            hint="Keep attributes flat and plain JSON.",
+        ) from error
 
 
 def require_sources(connection: Connection, wanted: Collection[Source]) -> None:

@@ -15,6 +15,7 @@ from typing import Self
 from torch import Tensor
 
 from persona_sdk.config import validate_id
+from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import archive, database, erasure, revisions, rows
 from persona_sdk.memory.cube import CubeDraft, check_vector, clean_text
 from persona_sdk.memory.database import translated
@@ -82,6 +83,8 @@ class MemoryStore(StoreReader):
             StoreFullError: there is no room.
         """
         validate_id(owner)
+        if isinstance(groups, str) or isinstance(retire, str):
+            raise InvalidInputError("groups or retire is a string.", hint="Expected a list of ids.")
         note = clean_text(message or "", "message")
         drafts = [draft.checked() for draft in add]
         blobs = [None if draft.payload is None else encode(draft.payload) for draft in drafts]

@@ -134,13 +134,15 @@ class Vault:
         return size
 
     def candidates(self, named: Collection[Digest], *, min_age: float = MIN_AGE) -> list[Path]:
-        """Files older than `min_age` seconds that are temporary, or whose digest is not among `named`."""
+        """Files older than `min_age` seconds whose digest is not among `named`, and old temporary ones."""
         before = time.time() - min_age
         found = []
         for file in self.folder.glob("[0-9a-f][0-9a-f]/*"):
             orphan = file.suffix == SUFFIX and is_digest(file.stem) and file.stem not in named
             try:
-                if (orphan or file.suffix == ".tmp") and file.stat().st_mtime < before:
+                # A partial may be in use by a writer that has not reached its transaction yet.
+                oldest = before if orphan else time.time() - max(min_age, MIN_AGE)
+                if (orphan or file.suffix == ".tmp") and file.stat().st_mtime < oldest:
                     found.append(file)
             except FileNotFoundError:
                 continue

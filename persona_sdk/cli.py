@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from persona_sdk.errors import InvalidInputError, NotFoundError, PersonaError
@@ -144,7 +144,7 @@ def list_personas(store: Store = Path("personas")) -> None:
 @personas.command()
 def show(persona_id: PersonaId, store: Store = Path("personas")) -> None:
     """What a persona consists of right now."""
-    table = Table("cube", "kind", "type", "revision", "content")
+    table = Table(Column("cube", no_wrap=True), "kind", "type", "revision", "content")
     with _open(store) as opened:
         _require(opened, persona_id)
         groups = opened.groups(persona_id)

@@ -141,10 +141,11 @@ def _embedder_fingerprint(folder: Path) -> str:
     sha = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         sha.update(f"{file.relative_to(folder).as_posix()}\0{digest(load_file(file))}\0".encode())
-    for file in sorted(folder.rglob("*config.json")) + sorted(folder.glob("modules.json")):
-        if file.name in ("config.json", "modules.json", "sentence_bert_config.json"):
-            content = json.dumps(json.loads(file.read_text()), sort_keys=True)
-            sha.update(f"{file.relative_to(folder).as_posix()}\0{content}\0".encode())
+    settings = {"config.json", "modules.json", "sentence_bert_config.json", "vocab.txt"}
+    settings |= {"config_sentence_transformers.json", "tokenizer.json", "tokenizer_config.json"}
+    for file in sorted(file for file in folder.rglob("*") if file.name in settings):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        sha.update(f"{file.relative_to(folder).as_posix()}\0{content}\0".encode())
     return sha.hexdigest()
 
 

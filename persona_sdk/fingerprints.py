@@ -19,7 +19,7 @@ def recorded(folder: Path, kind: str, compute: Callable[[], str]) -> str:
     change time cannot be set by a program, so edits in place are noticed even if they restore the other two.
     """
     state = _state(folder)
-    key = hashlib.sha256(json.dumps([1, kind, str(folder.resolve()), state]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([2, kind, str(folder.resolve()), state]).encode()).hexdigest()
     record = weights.cache_dir() / "fingerprints" / f"{key}.json"
     try:
         known = json.loads(record.read_text())["fingerprint"]
@@ -41,6 +41,6 @@ def recorded(folder: Path, kind: str, compute: Callable[[], str]) -> str:
 
 
 def _state(folder: Path) -> list[tuple[str, int, int, int]]:
-    files = sorted(f for pattern in ("*.safetensors", "*.json") for f in folder.rglob(pattern))
+    files = sorted(f for pattern in ("*.safetensors", "*.json", "vocab.txt") for f in folder.rglob(pattern))
     stats = [(f.relative_to(folder).as_posix(), f.stat()) for f in files]
     return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]

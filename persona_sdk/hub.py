@@ -41,6 +41,10 @@ def download(name: str, report: Callable[[str], None], *, progress: bool = False
         # With the patterns, or files that we never take would make a snapshot count as incomplete.
         held = snapshot_download(repo, revision=revision or None, allow_patterns=FILES, local_files_only=True)
         return _usable(held, name)
+    except errors.HFValidationError as error:
+        raise UnknownModelError(
+            f"{name!r} is no hub id.", hint="Hub ids have the form owner/name."
+        ) from error
     except (errors.LocalEntryNotFoundError, ModelError):
         pass  # not there, or there without weights: another tool may have fetched only the tokenizer
     if is_offline():

@@ -37,6 +37,30 @@ __all__ = [
 ]
 
 
+# What changes the function of a model but none of its tensors' shapes.
+_FUNCTIONAL = (
+    "activation_function",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "head_dim",
+    "hidden_act",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "logits_scaling",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_key_value_heads",
+    "partial_rotary_factor",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+)
+
+
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
     """A frozen causal language model and its tokenizer.
@@ -143,13 +167,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def fingerprint_of(module: nn.Module) -> str:
     """SHA-256 (hex) over architecture and weights, the latter widened to float32.
 
-    Besides the shapes, the architecture is what changes the function but no shape: heads and activation.
+    Besides the shapes, the architecture is what changes the function but no shape (`_FUNCTIONAL`). Named
+    one by one, because the defaults in a whole config change with the version of transformers.
     """
     config: Any = module.config
     text = config.get_text_config()
-    heads = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
-    activation = getattr(text, "hidden_act", None) or getattr(text, "activation_function", None)
-    header = json.dumps(["fingerprint-1", config.model_type, heads, activation])
+    functional = {key: getattr(text, key) for key in _FUNCTIONAL if getattr(text, key, None) is not None}
+    header = json.dumps(["fingerprint-2", config.model_type, functional], sort_keys=True)
     sha = hashlib.sha256(header.encode())
     for name, parameter in sorted(module.named_parameters()):
         sha.update(digest({name: parameter.detach().float()}).encode())

@@ -24,7 +24,9 @@ def store(tmp_path, tiny):
 
 
 def run(*arguments: str, code: int = 0, text: str | None = None) -> str:
-    result = CliRunner().invoke(cli.app, list(arguments), input=text, catch_exceptions=False)
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(
+        cli.app, list(arguments), input=text, catch_exceptions=False
+    )
     assert result.exit_code == code, result.output
     return result.output
 

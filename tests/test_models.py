@@ -15,8 +15,8 @@ from persona_sdk.errors import InvalidInputError, ModelError
 from persona_sdk.models import LanguageModel, fingerprint_of, linear_shape
 from persona_sdk.testing import HashEmbedder, tiny_language_model
 
-SMOLLM2 = "01ebd4a006db21fa5d9fbb8d5618c6015a30e51a285fdf4f45a05c2b4712a388"
-MINILM = "50949fba14020335c38be3650edee1729acd1d24ddcf16475d7c1dc55627e45c"
+SMOLLM2 = "cf73be0c064bcf1cc2e8dbb936867537522345d4f71886445d95881314510ab0"
+MINILM = "beca1368dfc27b9f6892557a1ce8665c9c4855acdf583b4e58b95f92af3c7c64"
 
 
 @pytest.fixture
@@ -348,3 +348,14 @@ def test_an_embedder_serves_many_threads(minilm):
     expected = minilm.encode(texts)
     for number in range(8):
         torch.testing.assert_close(found[number][0], expected[number], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 0.5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}]
+)
+def test_what_changes_the_function_changes_the_fingerprint(change):
+    model = tiny_language_model()
+    before = fingerprint_of(model.module)
+    for key, value in change.items():
+        setattr(model.module.config, key, value)
+    assert fingerprint_of(model.module) != before

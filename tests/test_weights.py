@@ -328,6 +328,12 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 # The hub
 
 
+@pytest.mark.parametrize("name", ["a/b--c", "a/b.git", "a..b/c", f"a/{'b' * 200}"])
+def test_names_the_hub_cannot_have(name):
+    with pytest.raises(UnknownModelError):
+        weights.resolve(name)
+
+
 class FakeHub(http.server.BaseHTTPRequestHandler):
     """As much of the hub's protocol as a snapshot download needs, and one model: ``someone/tiny``."""
 

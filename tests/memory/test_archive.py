@@ -218,11 +218,19 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
     "unknown member": put("run.py"),
     "path traversal": put("../evil.safetensors"),
     "traversal in blobs": put("blobs/../../personas.db"),
-    "absolute path": put("/tmp/evil"),
+    "absolute path": put("/etc/evil"),
     "backslashes": put("blobs\\..\\evil"),
     "folder": put("blobs/", b""),
     "blob nobody names": put(f"blobs/{'0' * 64}.safetensors"),
     "no manifest": take("manifest.json"),
+    "no cubes": take("cubes.jsonl"),
+    "no revisions": take("revisions.jsonl"),
+    "a time that has no place in UTC": edit(
+        "cubes.jsonl",
+        lambda lines: next(line for line in lines if "header" in line)["header"].update(
+            created_at="9999-12-31T23:59:59-05:00"
+        ),
+    ),
     "unknown format": manifest(format=2),
     "unknown key": manifest(run="now"),
     "bad owner": manifest(owner="../x"),

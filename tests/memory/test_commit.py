@@ -1,7 +1,12 @@
 """What a commit refuses, and that it refuses whole."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +166,44 @@ def test_a_closed_store_says_so(store: MemoryStore) -> None:
         store.head("alice")
     with pytest.raises(StoreError, match="closed"):
         store.commit("alice")
+
+
+@pytest.mark.parametrize("depth", [250, 600])
+def test_what_could_not_be_read_again_is_not_written(store: MemoryStore, depth: int) -> None:
+    deep: Any = 0
+    for _ in range(depth):
+        deep = [deep]
+    store.commit("alice", add=[CubeDraft.of("before")])
+    with pytest.raises(InvalidInputError):
+        store.commit("alice", add=[CubeDraft.of("x", attributes={"deep": deep})])
+    forged = CubeDraft.of("x").header.model_copy(update={"trust": "root"})
+    with pytest.raises(InvalidInputError, match="read again"):
+        store.commit("alice", add=[CubeDraft(text="x", header=forged)])
+    assert [cube.text for cube in store.cubes("alice")] == ["before"]
+
+
+def test_a_string_is_no_list_of_groups(store: MemoryStore) -> None:
+    with pytest.raises(InvalidInputError, match="list"):
+        store.commit("alice", groups="nurses")
+    assert store.personas() == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_store_is_not_used_across_a_fork(folder: Path) -> None:
+    script = f"""
+import os
+from persona_sdk.memory import CubeDraft, MemoryStore
+from persona_sdk.errors import StoreError
+store = MemoryStore.open({str(folder)!r})
+store.commit("alice", add=[CubeDraft.of("parent")])
+child = os.fork()
+if child == 0:
+    try:
+        store.commit("alice", add=[CubeDraft.of("child")])
+    except StoreError:
+        os._exit(7)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert store.head("alice") == 1
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)

@@ -1,5 +1,6 @@
 """Forgetting is complete: rows, vectors, files, what was derived, and every byte."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -173,3 +174,69 @@ def test_forgetting_empties_the_index(store: MemoryStore, note: Maker, embedder:
     store.forget("alice", [gone])
     assert index.bytes == 0
     assert [i for i, _ in index.search("alice", query, 5, encoder=embedder.fingerprint)] == [stays]
+
+
+def test_nothing_is_left_whatever_was_written_and_forgotten_before(tmp_path: Path) -> None:
+    """SQLite leaves old bytes in places of its own; only rewriting the file gets them all."""
+    for seed in (3, 28, 31):
+        dice = random.Random(seed)
+        folder = tmp_path / str(seed)
+        with MemoryStore.open(folder) as store:
+            live: dict[str, tuple[str, str]] = {}
+            for step in range(14):
+                owner = dice.choice("abc")
+                texts = [
+                    f"cx{seed:02}{step:02}{n}nary " * dice.choice((1, 3, 20, 200, 900))
+                    for n in range(dice.randrange(1, 8))
+                ]
+                added = store.commit(owner, add=[CubeDraft.of(text) for text in texts]).added
+                live |= {i: (owner, text.split()[0]) for i, text in zip(added, texts, strict=True)}
+                chosen = dice.sample(sorted(live), min(len(live), dice.randrange(1, 6)))
+                gone = []
+                for cube_id in chosen:
+                    owner, canary = live.pop(cube_id)
+                    assert store.forget(owner, [cube_id]).scrubbed
+                    gone.append(canary.encode())
+                assert bytes_found(folder, gone) == []
+
+
+def test_a_fresh_orphan_is_gone_after_forgetting(store: MemoryStore, folder: Path, weights: Maker) -> None:
+    (cube_id,) = store.commit("alice", add=[weights(1)]).added
+    orphan = folder / "blobs" / "ab" / f"{'ab' * 32}.safetensors"
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.write_bytes(b"left by a commit that was killed")
+    assert store.forget("alice", [cube_id]).scrubbed
+    assert not orphan.exists()
+
+
+def test_the_partial_of_a_killed_backup_is_gone_after_forgetting(store: MemoryStore, folder: Path) -> None:
+    (cube_id,) = store.commit("alice", add=[CubeDraft.of("secret")]).added
+    (folder / "personas.db.before-0000.bak.tmp").write_bytes(b"a copy of the database")
+    assert store.forget("alice", [cube_id]).verify(store)
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_listener_that_fails_does_not_cost_the_receipt(store: MemoryStore, weights: Maker) -> None:
+    (cube_id,) = store.commit("alice", add=[weights(1)]).added
+
+    def broken(_owner: str) -> None:
+        raise ValueError("not our fault")
+
+    store.on_forget(broken)
+    receipt = store.forget("alice", [cube_id])
+    assert receipt.verify(store)
+    assert len(receipt.blobs) == 1
+
+
+def test_members_of_an_erased_group_are_not_in_the_next_one_of_that_name(store: MemoryStore) -> None:
+    store.commit("team", kind="group", add=[CubeDraft.of("old secret")])
+    store.commit("bob", add=[CubeDraft.of("hi")], groups=["team"])
+    store.forget_everything("team")
+    store.commit("team", kind="group", add=[CubeDraft.of("new secret")])
+    assert store.groups("bob") == store.groups("bob", revision=1) == ()
+
+
+def test_bytes_are_bytes(store: MemoryStore) -> None:
+    (plain,) = store.commit("alice", add=[CubeDraft.of("e" * 100)]).added
+    (accents,) = store.commit("alice", add=[CubeDraft.of("é" * 100)]).added
+    assert store.forget("alice", [accents]).bytes == store.forget("alice", [plain]).bytes + 100
