@@ -5,10 +5,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub client is imported: it reads this once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 
+from persona_sdk import PersonaModel
 from persona_sdk.models import LanguageModel, SentenceEmbedder
 from persona_sdk.testing import HashEmbedder, tiny_language_model
 
@@ -39,6 +43,13 @@ def tiny() -> LanguageModel:
 def hash_embedder() -> HashEmbedder:
     """An embedder without weights."""
     return HashEmbedder()
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny: LanguageModel, hash_embedder: HashEmbedder) -> Iterator[PersonaModel]:
+    """A `PersonaModel` on the tiny model and an empty store."""
+    with PersonaModel.from_pretrained(tiny, store=tmp_path / "store", embedder=hash_embedder) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
