@@ -44,7 +44,7 @@ def encode(bundle: TensorBundle) -> tuple[Digest, bytes]:
     try:
         plain = {name: tensor.cpu().clone() for name, tensor in freeze(bundle).items()}
         return digest(plain), save(plain)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError, SafetensorError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidInputError(
             f"The tensors cannot be stored: {error}.",
             hint="Expected dense tensors of a dtype safetensors knows.",

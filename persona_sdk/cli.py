@@ -194,10 +194,7 @@ def forget(
         what = f"everything about {persona_id}" if cube is None else f"cube {cube}"
         if not yes:
             typer.confirm(f"Erase {what}?", abort=True)
-        everything = cube is None
-        receipt = (
-            opened.forget_everything(persona_id) if everything else opened.forget(persona_id, [cube or ""])
-        )
+        receipt = opened.forget_everything(persona_id) if cube is None else opened.forget(persona_id, [cube])
     console.print_json(receipt.canonical())
 
 

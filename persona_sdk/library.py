@@ -150,23 +150,20 @@ class AdapterLibrary:
             f"There is no adapter {name!r}.", hint=f"Adapters of {owner!r}: {known}. See model.adapters.add."
         )
 
-    def contribution(self, name: str, *, weight: float, state: Mapping[str, Any]) -> Contribution:
-        """What an adapter would add to a plan; for checking before it is attached."""
-        return self.get(name).contribute(state, AdapterRequest(origin=name, weight=weight))
-
-    def attachment_draft(self, name: str, *, weight: float, state: Mapping[str, Any]) -> CubeDraft:
-        """What a persona commits to attach an adapter."""
+    def attachment(
+        self, name: str, *, weight: float, state: Mapping[str, Any]
+    ) -> tuple[CubeDraft, Contribution]:
+        """What a persona commits to attach an adapter, and what that version of it would add to a plan."""
         cube = self.find(name)
-        return CubeDraft(
-            kind="parametric",
-            header=CubeHeader(
-                title=cube.header.title,
-                semantic_type="attachment",
-                trust="system",
-                sources=(Source.of(cube),),
-                attributes=AttachmentFacts.parse({"weight": weight, "state": dict(state)}).model_dump(),
-            ),
+        contribution = self._load(cube).contribute(state, AdapterRequest(origin=name, weight=weight))
+        header = CubeHeader(
+            title=cube.header.title,
+            semantic_type="attachment",
+            trust="system",
+            sources=(Source.of(cube),),
+            attributes=AttachmentFacts.parse({"weight": weight, "state": dict(state)}).model_dump(),
         )
+        return CubeDraft(kind="parametric", header=header), contribution
 
     def attachments(self, owner: str, *, revision: int | None = None) -> list[Attachment]:
         """Everything attached to a persona at a revision, oldest first."""

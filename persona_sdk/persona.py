@@ -206,9 +206,9 @@ class Persona:
                 f"There is no adapter {name!r} within reach of {self.id!r}.",
                 hint="A persona can attach its own adapters, its groups' and shared ones.",
             )
-        full, library = f"{owner}/{title}", self._model.adapters
-        self._model.check(library.contribution(full, weight=float(weight), state=state or {}))
-        draft = library.attachment_draft(full, weight=float(weight), state=state or {})
+        full = f"{owner}/{title}"
+        draft, contribution = self._model.adapters.attachment(full, weight=float(weight), state=state or {})
+        self._model.check(contribution)
         return self._edit(f"attach {full}", lambda: {"retire": self._attached(full)}, add=[draft])
 
     def detach(self, name: str) -> Revision:

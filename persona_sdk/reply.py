@@ -79,25 +79,26 @@ class TextDecoder:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The final text of these tokens."""
-        text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
-        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text
+        return self._cut(tokens)[0]
 
     def stopped(self, tokens: Sequence[int]) -> bool:
         """Whether a stop string has appeared."""
-        if not self._stops:
-            return False
-        text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
-        return any(stop in text for stop in self._stops)
+        return bool(self._stops) and self._cut(tokens)[1]
 
     def settled(self, tokens: Sequence[int]) -> str:
         """The part of the text that later tokens cannot change any more."""
-        text = self.text(tokens)
-        if self.stopped(tokens):
+        text, stopped = self._cut(tokens)
+        if stopped:
             return text
         text = text.rstrip("\ufffd")  # an unfinished multi-byte character
         pending = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return text[: len(text) - max(pending, default=0)]
+
+    def _cut(self, tokens: Sequence[int]) -> tuple[str, bool]:
+        """The text up to the first stop string, and whether there was one."""
+        text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        return (text[: min(ends)], True) if ends else (text, False)
 
 
 @dataclass(frozen=True)
