@@ -10,7 +10,12 @@
     │   └── UnsupportedAdapterError  a variant this SDK cannot represent (DoRA, LoRA bias, ...)
     ├── CompositionError             parts that may not be combined, or that the engine cannot run
     ├── EngineError
-    │   └── PromptTooLongError       the prompt leaves no room in the context window
+    │   ├── PromptTooLongError       the prompt leaves no room in the context window
+    │   ├── QueueFullError           more requests wait than the engine was told to keep      (retryable)
+    │   ├── BudgetError              one request alone needs more memory than a whole budget
+    │   ├── DeviceMemoryError        the device had no memory left for this row             (retryable)
+    │   ├── NumericalError           a row's logits are not numbers
+    │   └── EngineStoppedError       the engine closed, or its worker died, under the request (retryable)
     └── StoreError
         ├── NotFoundError            no such cube, revision, adapter or persona for this owner
         ├── CorruptBlobError         stored bytes do not match their content hash
@@ -101,6 +106,39 @@ class PromptTooLongError(EngineError, ValueError):
     """The prompt and the requested tokens do not fit the context window."""
 
     code = "prompt_too_long"
+
+
+class QueueFullError(EngineError):
+    """As many requests are waiting as the engine was told to keep."""
+
+    code = "queue_full"
+    retryable = True
+
+
+class BudgetError(EngineError, ValueError):
+    """One request alone needs more memory than a whole budget."""
+
+    code = "over_budget"
+
+
+class DeviceMemoryError(EngineError):
+    """The device had no memory left for this row; the others go on."""
+
+    code = "device_memory"
+    retryable = True
+
+
+class NumericalError(EngineError):
+    """The logits of a row are not numbers; the others go on."""
+
+    code = "not_a_number"
+
+
+class EngineStoppedError(EngineError):
+    """The engine was closed, or its worker died, before the request was done."""
+
+    code = "engine_stopped"
+    retryable = True
 
 
 class StoreError(PersonaError):

@@ -1,0 +1,1 @@
+"""Keys and values of prompt prefixes, kept and reused."""
