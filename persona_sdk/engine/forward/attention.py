@@ -1,0 +1,183 @@
+"""Attention of packed rows over the token pool, with grouped query heads and rotary positions.
+
+    softmax(q k^T * scale) v        every token sees its own row's positions up to its own
+
+| symbol | argument | shape                                                                  |
+|--------|----------|------------------------------------------------------------------------|
+| q      | query    | [tokens, heads, head_dim]                                              |
+| k, v   | pool     | [capacity, kv_heads, head_dim] per layer, read through `batch.tables`  |
+
+`attend` is the reference and serves prefill and every device. `decode_attention` is the same for one new
+token per row on CPUs, compiled: it rotates, writes the new key and value, and reads each row's own length,
+where a padded batch would gather, mask and read the longest.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_sdk.engine.forward.batch import PackedBatch
+from persona_sdk.engine.forward.pool import TokenPool
+
+
+def rotate(
+    x: Float[Tensor, "tokens heads head_dim"],
+    cos: Float[Tensor, "tokens rotary_dim"],
+    sin: Float[Tensor, "tokens rotary_dim"],
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """Rotary position embedding in the half-split convention; dimensions past `rotary_dim` pass through."""
+    width = cos.shape[1]
+    turned, rest = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    swapped = torch.cat([-second, first], dim=-1)
+    out = turned * cos[:, None] + swapped * sin[:, None]
+    return torch.cat([out, rest], dim=-1) if rest.shape[-1] else out
+
+
+def attend(
+    query: Float[Tensor, "tokens heads key_dim"],
+    key: Float[Tensor, "tokens kv_heads key_dim"],
+    value: Float[Tensor, "tokens kv_heads value_dim"],
+    batch: PackedBatch,
+    pool: TokenPool,
+    layer: int,
+    scale: float,
+) -> Float[Tensor, "tokens heads value_dim"]:
+    """Write the new keys and values, then attend. One kernel call for a decode pass, else one per row."""
+    pool.write(layer, batch.slots, key, value)
+    if batch.is_decode:
+        keys, values = gathered(batch, pool, layer, query.dtype)
+        columns = torch.arange(batch.tables.shape[1], device=query.device)
+        visible = columns <= batch.positions[:, None]
+        out = F.scaled_dot_product_attention(
+            query[:, :, None], keys, values, attn_mask=visible[:, None, None], scale=scale, enable_gqa=True
+        )
+        return out[:, :, 0]
+    pieces = []
+    for row, (start, length) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
+        stop, mask = start + length, None
+        if batch.fresh[row]:
+            keys, values = key[start:stop], value[start:stop]
+        else:
+            table = batch.tables[row, : batch.seen[row]]
+            keys = pool.keys[layer].index_select(0, table).to(query.dtype)
+            values = pool.values[layer].index_select(0, table).to(query.dtype)
+            columns = torch.arange(batch.seen[row], device=query.device)
+            mask = columns <= batch.positions[start:stop, None]
+        out = F.scaled_dot_product_attention(
+            query[None, start:stop].transpose(1, 2),
+            keys[None].transpose(1, 2),
+            values[None].transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        pieces.append(out[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def gathered(
+    batch: PackedBatch, pool: TokenPool, layer: int, dtype: torch.dtype
+) -> tuple[Float[Tensor, "rows kv_heads width key_dim"], Float[Tensor, "rows kv_heads width value_dim"]]:
+    """Keys and values of all rows, padded with the zero slot to one width."""
+    return (
+        pool.keys[layer][batch.tables].to(dtype).transpose(1, 2),
+        pool.values[layer][batch.tables].to(dtype).transpose(1, 2),
+    )
+
+
+@lru_cache
+def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..., None] | None:
+    """The compiled decode step for one head geometry; None where numba cannot be imported.
+
+    Call with numpy arrays: ``qkv [rows, (heads + 2 kv_heads) head_dim]``, ``cos, sin [rows, rotary_dim]``,
+    the layer's pools, ``tables [rows, width]``, ``seen [rows]``, the scale, ``kv_heads`` and
+    ``out [rows, heads head_dim]``. Constants of the closure let the compiler unroll over `head_dim`.
+    """
+    try:
+        import numba
+    except ImportError:
+        return None
+    import numpy as np
+
+    half, zero, lowest = rotary_dim // 2, np.float32(0), np.float32(-np.inf)
+
+    def step(
+        qkv: Any,
+        cos: Any,
+        sin: Any,
+        keys: Any,
+        values: Any,
+        tables: Any,
+        seen: Any,
+        scale: Any,
+        kv_heads: Any,
+        out: Any,
+    ) -> None:
+        query = np.empty((repeat, head_dim), np.float32)
+        total = np.empty((repeat, head_dim), np.float32)
+        scores = np.empty((repeat, tables.shape[1]), np.float32)
+        for row in range(qkv.shape[0]):
+            length = seen[row]
+            new = tables[row, length - 1]
+            for head in range(kv_heads):
+                first = (kv_heads * repeat + head) * head_dim
+                key, value = keys[new, head], values[new, head]
+                for d in range(half):
+                    a, b = qkv[row, first + d], qkv[row, first + half + d]
+                    key[d] = a * cos[row, d] - b * sin[row, d]
+                    key[half + d] = b * cos[row, half + d] + a * sin[row, half + d]
+                for d in range(rotary_dim, head_dim):
+                    key[d] = qkv[row, first + d]
+                first += kv_heads * head_dim
+                for d in range(head_dim):
+                    value[d] = qkv[row, first + d]
+                for r in range(repeat):
+                    first = (head * repeat + r) * head_dim
+                    for d in range(half):
+                        a, b = qkv[row, first + d], qkv[row, first + half + d]
+                        query[r, d] = (a * cos[row, d] - b * sin[row, d]) * scale
+                        query[r, half + d] = (b * cos[row, half + d] + a * sin[row, half + d]) * scale
+                    for d in range(rotary_dim, head_dim):
+                        query[r, d] = qkv[row, first + d] * scale
+                for t in range(length):
+                    key = keys[tables[row, t], head]
+                    for r in range(repeat):
+                        dot = zero
+                        for d in range(head_dim):
+                            dot += query[r, d] * key[d]
+                        scores[r, t] = dot
+                for r in range(repeat):
+                    highest, norm = lowest, zero
+                    for t in range(length):
+                        highest = max(highest, scores[r, t])
+                    for t in range(length):
+                        weight = math.exp(scores[r, t] - highest)
+                        scores[r, t] = weight
+                        norm += weight
+                    for t in range(length):
+                        scores[r, t] /= norm
+                    for d in range(head_dim):
+                        total[r, d] = zero
+                for t in range(length):
+                    value = values[tables[row, t], head]
+                    for r in range(repeat):
+                        weight = scores[r, t]
+                        for d in range(head_dim):
+                            total[r, d] += weight * value[d]
+                for r in range(repeat):
+                    first = (head * repeat + r) * head_dim
+                    for d in range(head_dim):
+                        out[row, first + d] = total[r, d]
+
+    # "nnan" and "ninf" stay off: a row with NaN must stay NaN, so that it is found and stopped.
+    flags = {"nsz", "arcp", "contract", "afn", "reassoc"}
+    compiled: Callable[..., None] = numba.njit(fastmath=flags, nogil=True, error_model="numpy", cache=True)(step)
+    return compiled

@@ -1,0 +1,106 @@
+"""One forward pass over the new tokens of several rows, packed one after another without padding.
+
+    tokens     | row 0: t t t t | row 2: t | row 5: t t |          lengths = (4, 1, 2)
+    slots      where each new token's keys and values go in the pool
+    tables     for every row, the slots of all its tokens so far, the new ones included
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from persona_sdk.errors import EngineError
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """New tokens of one row.
+
+    Args:
+        tokens: their ids; entries under `vectors` are ignored.
+        positions: ascending; normally the next ones, but any may be computed anew.
+        table: slots of the row's positions from 0 to the last one that any new token may see.
+        vectors: embeddings to use instead of the ids' own, from the first new token on.
+    """
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    table: NDArray[np.int64]
+    vectors: Float[Tensor, "_ d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """All new tokens of one forward pass.
+
+    Args:
+        tokens: ids, packed.
+        positions: of every token in its row.
+        slots: where every token's keys and values go.
+        lengths: new tokens of each row.
+        tables: slots of each row's positions; 0 where a row is shorter.
+        seen: positions each row has after this pass.
+        vectors: (first packed token, embeddings) of every row that brings its own.
+    """
+
+    tokens: Int[Tensor, " tokens"]
+    positions: Int[Tensor, " tokens"]
+    slots: Int[Tensor, " tokens"]
+    lengths: tuple[int, ...]
+    tables: Int[Tensor, "rows width"]
+    seen: tuple[int, ...]
+    vectors: tuple[tuple[int, Float[Tensor, "_ d_model"]], ...] = ()
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First packed token of every row."""
+        return tuple(int(start) for start in np.cumsum((0, *self.lengths[:-1])))
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has exactly one new token."""
+        return len(self.tokens) == len(self.lengths)
+
+    @cached_property
+    def last(self) -> Int[Tensor, " rows"]:
+        """Packed index of every row's last token."""
+        return torch.tensor(np.cumsum(self.lengths) - 1, device=self.tokens.device)
+
+    @cached_property
+    def fresh(self) -> tuple[bool, ...]:
+        """For every row, whether its new tokens are all it has."""
+        return tuple(length == seen for length, seen in zip(self.lengths, self.seen, strict=True))
+
+
+def pack(rows: Sequence[RowTokens], device: torch.device) -> PackedBatch:
+    """Pack the new tokens of several rows."""
+    lengths = tuple(len(row.tokens) for row in rows)
+    if not rows or min(lengths) < 1:
+        raise EngineError("A forward pass needs at least one token of every row.")
+    seen = tuple(len(row.table) for row in rows)
+    tables = np.zeros((len(rows), max(seen)), dtype=np.int64)
+    for index, row in enumerate(rows):
+        tables[index, : seen[index]] = row.table
+    tokens = np.concatenate([np.asarray(row.tokens, dtype=np.int64) for row in rows])
+    positions = np.concatenate([np.asarray(row.positions, dtype=np.int64) for row in rows])
+    slots = np.concatenate([row.table[np.asarray(row.positions)] for row in rows])
+    starts = np.cumsum((0, *lengths[:-1]))
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens).to(device),
+        positions=torch.from_numpy(positions).to(device),
+        slots=torch.from_numpy(slots).to(device),
+        lengths=lengths,
+        tables=torch.from_numpy(tables).to(device),
+        seen=seen,
+        vectors=tuple(
+            (int(start), row.vectors)
+            for start, row in zip(starts, rows, strict=True)
+            if row.vectors is not None and len(row.vectors)
+        ),
+    )
