@@ -6,7 +6,7 @@ them; it knows no users, no text and no store. Tensors appear as content digests
     part           what the engine does with it                                        tensors
     LowRankPatch   y += B (gate * (A x)) on every module the factors name              A, B per module
     SoftPrefix     puts vectors in front of the prompt's token embeddings              [length, d_model]
-    KVPrefix       puts precomputed keys and values in front of the row's cache        per layer
+    KVPrefix       puts precomputed keys and values in front of the row's cache        keys, values
     Passages       nothing: the text is already in the prompt; kept to explain         none
     DecodingRule   adds to the logits of single tokens before sampling                 none
     Scorer         ranks several candidates of one request                             family's own
@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -87,15 +87,22 @@ class SoftPrefix:
 
 @dataclass(frozen=True, kw_only=True)
 class KVPrefix:
-    """Precomputed keys and values; valid only under the patches they were computed with."""
+    """Precomputed keys and values of `length` tokens; valid only under the patches they were computed with.
+
+    ``cache`` names a bundle of two tensors, ``"keys"`` and ``"values"``, each ``[layers, length, kv_heads,
+    head_dim]``, keys after their rotary embedding at positions 0 to length - 1. ``composition`` is the
+    `composition_key` of the plan they were computed under; it must be that of the rest of this plan.
+    """
 
     kind: ClassVar[str] = "kv_prefix"
     cache: Digest
     length: int
+    composition: Digest
     origin: str
 
     def __post_init__(self) -> None:
         _require_digest(self.cache, f"Cache of {self.origin!r}")
+        _require_digest(self.composition, f"Composition of {self.origin!r}")
         _require(
             self.length >= 1, f"KV prefix {self.origin!r} has length {self.length}; expected at least 1."
         )
@@ -204,6 +211,38 @@ def check_combination(parts: tuple[PlanPart, ...]) -> None:
             )
 
 
+def composition_key(base: str, parts: Iterable[PlanPart]) -> Digest:
+    """SHA-256 (hex) of all that decides a token's keys and values besides the tokens up to it.
+
+    That is the base model, every low-rank patch with its gate, in order, and what stands in front of the
+    prompt. Parts that only choose among tokens, and options, do not enter.
+    """
+    used = [
+        [part.kind, part.factors, [value.hex() for value in part.gate]]
+        if isinstance(part, LowRankPatch)
+        else [part.kind, part.vectors, part.length]
+        if isinstance(part, SoftPrefix)
+        else [part.kind, part.cache, part.length]
+        for part in parts
+        if isinstance(part, LowRankPatch | SoftPrefix | KVPrefix)
+    ]
+    return hashlib.sha256(json.dumps([1, base, used]).encode()).hexdigest()
+
+
+def _check_kv_prefix(base: str, parts: tuple[PlanPart, ...]) -> None:
+    """Raise `CompositionError` for keys and values that were computed under something else."""
+    rest = [part for part in parts if not isinstance(part, KVPrefix)]
+    for part in parts:
+        if isinstance(part, KVPrefix):
+            expected = composition_key(base, rest)
+            _require(
+                part.composition == expected,
+                f"KV prefix {part.origin!r} was computed under other patches: its composition is "
+                f"{part.composition[:12]}, that of the plan {expected[:12]}.",
+                "Compute it again with the adapters and gates in use now, or leave it out.",
+            )
+
+
 @dataclass(frozen=True)
 class CompositionPlan:
     """Everything one request uses. Order of parts matters: prefixes are laid out in that order.
@@ -222,6 +261,7 @@ class CompositionPlan:
         object.__setattr__(self, "parts", tuple(self.parts))
         _require(isinstance(self.base, str), f"The base is {self.base!r}.", "Expected a fingerprint.")
         check_combination(self.parts)
+        _check_kv_prefix(self.base, self.parts)
 
     def of(self, part_type: type) -> tuple[Any, ...]:
         """The parts of one type, in order."""

@@ -20,6 +20,7 @@ from persona_sdk.plan import (
     Passages,
     Scorer,
     SoftPrefix,
+    composition_key,
 )
 
 MARK = "ab" * 32
@@ -83,7 +84,14 @@ def patch(**changes):
 
 
 SOFT = SoftPrefix(vectors=MARK, length=2, origin="s")
-CACHE = KVPrefix(cache=MARK, length=2, origin="k")
+
+
+def cache_for(*parts, base="base", **changes):
+    given = {"cache": MARK, "length": 2, "composition": composition_key(base, parts), "origin": "k"}
+    return KVPrefix(**{**given, **changes})
+
+
+CACHE = cache_for()
 SCORER = Scorer(module=MARK, candidates=2, origin="r")
 
 
@@ -103,9 +111,37 @@ def test_forbidden_combinations(parts, message):
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("parts", [(), (patch(), SOFT, SCORER), (patch(), CACHE), (SOFT, SOFT, patch())])
+@pytest.mark.parametrize(
+    "parts", [(), (patch(), SOFT, SCORER), (patch(), cache_for(patch())), (SOFT, SOFT, patch())]
+)
 def test_allowed_combinations(parts):
     assert CompositionPlan("base", parts).parts == parts
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (patch(), CACHE),
+        (cache_for(patch()),),
+        (patch(gate=(1.0, 0.25)), cache_for(patch())),
+        (patch(factors="cd" * 32), cache_for(patch())),
+        (patch(), patch(factors="cd" * 32), cache_for(patch(factors="cd" * 32), patch())),
+        (cache_for(base="another base"),),
+    ],
+)
+def test_a_kv_prefix_of_other_patches_is_refused(parts):
+    with pytest.raises(CompositionError, match="computed under other patches") as caught:
+        CompositionPlan("base", parts)
+    assert caught.value.hint
+
+
+def test_a_kv_prefix_stands_beside_its_own_patches_and_travels():
+    rule = DecodingRule(bias=((1, 1.0),), origin="d")
+    plan = CompositionPlan("base", (patch(), rule, cache_for(patch())))
+    assert CompositionPlan.from_json(plan.to_json()) == plan
+    other = plan.to_json().replace('"gate":[1.0,0.5]', '"gate":[1.0,0.25]')
+    with pytest.raises(CompositionError, match="computed under other patches"):
+        CompositionPlan.from_json(other)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +152,8 @@ def test_allowed_combinations(parts):
         lambda: patch(rank=0, gate=()),
         lambda: patch(factors="not a digest"),
         lambda: SoftPrefix(vectors=MARK, length=0, origin="s"),
-        lambda: KVPrefix(cache=MARK, length=0, origin="k"),
+        lambda: cache_for(length=0),
+        lambda: cache_for(composition="not a digest"),
         lambda: DecodingRule(bias=((-1, 0.0),), origin="d"),
         lambda: DecodingRule(bias=((1, math.inf),), origin="d"),
         lambda: DecodingRule(bias=((1, math.nan),), origin="d"),

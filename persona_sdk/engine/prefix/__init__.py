@@ -1,1 +1,7 @@
-"""Keys and values of prompt prefixes, kept and reused."""
+"""Keys and values of prompt prefixes, kept and reused.
+
+keys.py      what makes two prefixes the same: composition key and block hashes
+bundles.py   keys and values outside the pool: shape, views, erasure
+cache.py     the host tier, by bytes, with a disk behind it
+rotation.py  keys moved to another position, for blocks in any order
+"""
