@@ -17,6 +17,7 @@ from persona_sdk.adapters.base import (
     ExportsPeft,
     LearnsOnline,
     State,
+    Steerable,
     Update,
 )
 from persona_sdk.adapters.lora import LoRA, LoRAConfig
@@ -29,5 +30,6 @@ __all__ = [
     "LoRA",
     "LoRAConfig",
     "State",
+    "Steerable",
     "Update",
 ]

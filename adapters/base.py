@@ -155,6 +155,19 @@ class LearnsOnline(Protocol):
 
 
 @runtime_checkable
+class Steerable(Protocol):
+    """A family whose gates follow named numbers, so that they may change while a reply is being written."""
+
+    def controls(self, state: State) -> tuple[str, ...]:
+        """Names of the controls."""
+        ...
+
+    def steered(self, state: State, controls: Mapping[str, float]) -> State:
+        """The state with some controls changed; raises `InvalidInputError` for values it cannot use."""
+        ...
+
+
+@runtime_checkable
 class ExportsPeft(Protocol):
     """A low-rank family that can be written as a plain PEFT LoRA folder."""
 

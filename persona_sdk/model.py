@@ -4,14 +4,15 @@ model = PersonaModel.from_pretrained("smollm2-135m", store="personas/")
 alice = model.persona("alice", groups=["nurses"])
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 from persona_sdk.compose import ChatOptions, Composer, Composition
-from persona_sdk.engine import Engine, Request
-from persona_sdk.errors import EngineError
+from persona_sdk.engine import Completion, Engine, EngineOptions, Request
+from persona_sdk.errors import PersonaError
 from persona_sdk.library import AdapterLibrary
 from persona_sdk.memory import MemoryStore, Passage, Retriever, VectorIndex
 from persona_sdk.models import Embedder, LanguageModel, load_embedder
@@ -19,6 +20,7 @@ from persona_sdk.persona import Persona
 from persona_sdk.plan import CompositionPlan, Contribution
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Reply, ReplyStream, TextDecoder
+from persona_sdk.steering import Steering
 
 
 class PersonaModel:
@@ -28,15 +30,23 @@ class PersonaModel:
         base: the frozen base model.
         store: where personas live.
         embedder: turns memories and queries into vectors; a name is loaded when it is first needed.
+        engine: rows, tokens per step and memory budgets of the engine.
     """
 
-    def __init__(self, base: LanguageModel, store: MemoryStore, embedder: str | Embedder = "minilm") -> None:
+    def __init__(
+        self,
+        base: LanguageModel,
+        store: MemoryStore,
+        embedder: str | Embedder = "minilm",
+        engine: EngineOptions | None = None,
+    ) -> None:
         self.base = base
         self.store = store
         self.adapters = AdapterLibrary(base, store)
         self._embedder = embedder
         self._index = VectorIndex(store)
-        self._engine = Engine(base)
+        self.engine = Engine(base, _with_folder(engine or EngineOptions(), store))
+        store.on_forget(self._forgotten)
         self._composer = Composer(base, store, self.adapters, self._recall)
 
     @classmethod
@@ -48,6 +58,7 @@ class PersonaModel:
         embedder: str | Embedder = "minilm",
         device: str = "auto",
         dtype: str = "auto",
+        engine: EngineOptions | Mapping[str, Any] | None = None,
     ) -> Self:
         """Open a store with a base model.
 
@@ -57,6 +68,7 @@ class PersonaModel:
             embedder: alias, path or hub id of a sentence-transformers model, or an `Embedder`.
             device: ``"auto"`` takes CUDA when there is one.
             dtype: a torch dtype's name; ``"auto"`` is float32 on CPU and bfloat16 on CUDA.
+            engine: limits of the engine (`persona_sdk.engine.EngineOptions`), or a mapping of them.
 
         Raises:
             UnknownModelError: the name leads nowhere.
@@ -64,7 +76,8 @@ class PersonaModel:
         """
         if isinstance(name, str):  # before the store is opened: a wrong name must not make one
             name = LanguageModel.from_pretrained(name, device=device, dtype=dtype)
-        return cls(name, MemoryStore.open(store), embedder)
+        options = engine if isinstance(engine, EngineOptions) else EngineOptions.parse(dict(engine or {}))
+        return cls(name, MemoryStore.open(store), embedder, options)
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +87,7 @@ class PersonaModel:
 
     def close(self) -> None:
         """Release the store and take the hooks off the base model."""
-        self._engine.close()
+        self.engine.close()
         self.store.close()
 
     def persona(self, persona_id: str, *, groups: Sequence[str] | None = None) -> Persona:
@@ -113,21 +126,65 @@ class PersonaModel:
         """The base model's own answer: an empty plan, nobody's memory."""
         return self.chat_batch([(None, messages)], seed=seed, **options)[0]
 
+    @overload
     def chat_batch(
-        self, requests: Sequence[tuple[Persona | None, Messages]], *, seed: int = 0, **options: Any
-    ) -> list[Reply]:
+        self,
+        requests: Sequence[tuple[Persona | None, Messages]],
+        *,
+        seed: int = 0,
+        return_errors: Literal[False] = False,
+        **options: Any,
+    ) -> list[Reply]: ...
+
+    @overload
+    def chat_batch(
+        self,
+        requests: Sequence[tuple[Persona | None, Messages]],
+        *,
+        seed: int = 0,
+        return_errors: Literal[True],
+        **options: Any,
+    ) -> list[Reply | PersonaError]: ...
+
+    def chat_batch(
+        self,
+        requests: Sequence[tuple[Persona | None, Messages]],
+        *,
+        seed: int = 0,
+        return_errors: bool = False,
+        **options: Any,
+    ) -> Sequence[Reply | PersonaError]:
         """Answer many personas in one heterogeneous batch; ``None`` is the base model.
 
         Every row gets what it would get alone. All requests are planned, or none runs.
+
+        Args:
+            requests: whom to answer, and what was said.
+            seed: of every row's sampling stream.
+            return_errors: put the error of a row that failed while running in its place, as
+                ``asyncio.gather`` does; otherwise the first one is raised when all rows are done.
+            **options: see `persona_sdk.compose.ChatOptions`.
         """
         chat_options = ChatOptions.parse(options)
         composed = [self._compose(persona, messages, chat_options) for persona, messages in requests]
         decoder = TextDecoder(self.base.tokenizer, chat_options.stop_strings)
-        completions = self._engine.generate([self._request(c, seed, decoder) for c in composed])
+        completions = self.engine.generate([self._request(c, seed, decoder) for c in composed])
+        errors = [completion.error for completion in completions if completion.error is not None]
+        if errors and not return_errors:
+            raise errors[0]
         return [
-            self._reply(composition, completion.tokens, completion.finish_reason, seed, decoder)
+            completion.error or self._reply(composition, completion, seed, decoder)
             for composition, completion in zip(composed, completions, strict=True)
         ]
+
+    async def achat(
+        self, persona: Persona | None, messages: Messages, *, seed: int = 0, **options: Any
+    ) -> Reply:
+        """Answer one persona without blocking the event loop. Cancelling the task ends the row."""
+        stream = await asyncio.to_thread(self.stream, persona, messages, seed=seed, **options)
+        async for _ in stream:
+            pass
+        return stream.reply
 
     def stream(
         self, persona: Persona | None, messages: Messages, *, seed: int = 0, **options: Any
@@ -136,27 +193,13 @@ class PersonaModel:
         chat_options = ChatOptions.parse(options)
         composition = self._compose(persona, messages, chat_options)
         decoder = TextDecoder(self.base.tokenizer, chat_options.stop_strings)
-        steps = self._engine.stream([self._request(composition, seed, decoder)])
-        tokens: list[int] = []
-        reason: str | None = None
-
-        def pieces() -> Iterator[str]:
-            nonlocal reason
-            sent = ""
-            for step in steps:
-                tokens.append(step.token)
-                reason = step.finish_reason or reason
-                text = decoder.text(tokens) if step.finish_reason else decoder.settled(tokens)
-                if len(text) > len(sent):
-                    yield text[len(sent) :]
-                    sent = text
-
-        def finish() -> Reply:
-            if reason is None:
-                raise EngineError("The stream broke off before the reply was whole.", hint="Ask again.")
-            return self._reply(composition, tuple(tokens), reason, seed, decoder)
-
-        return ReplyStream(pieces(), finish)
+        generation = self.engine.submit(self._request(composition, seed, decoder))
+        return ReplyStream(
+            generation,
+            decoder,
+            lambda completion: self._reply(composition, completion, seed, decoder),
+            Steering(composition.contributors),
+        )
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -171,7 +214,7 @@ class PersonaModel:
     def check(self, contribution: Contribution) -> None:
         """Raise unless the engine can execute these parts on this base model."""
         plan = CompositionPlan(self.base.fingerprint, contribution.parts)
-        self._engine.check(Request(prompt=(0,), plan=plan, tensors=contribution.tensors), room=False)
+        self.engine.check(Request(prompt=(0,), plan=plan, tensors=contribution.tensors), room=False)
 
     def _recall(
         self, owners: Sequence[str], query: str, k: int, revisions: Mapping[str, int]
@@ -191,16 +234,15 @@ class PersonaModel:
             tensors=composition.tensors,
             seed=seed,
             should_stop=decoder.stopped if composition.plan.options.stop_strings else None,
+            scope=tuple(composition.revisions),
         )
 
     @staticmethod
-    def _reply(
-        composition: Composition, tokens: tuple[int, ...], reason: str, seed: int, decoder: TextDecoder
-    ) -> Reply:
+    def _reply(composition: Composition, completion: Completion, seed: int, decoder: TextDecoder) -> Reply:
         return Reply(
-            text=decoder.text(tokens),
-            tokens=tokens,
-            finish_reason=reason,
+            text=decoder.text(completion.tokens),
+            tokens=completion.tokens,
+            finish_reason=completion.finish_reason,
             persona=composition.persona,
             revisions=composition.revisions,
             plan=composition.plan,
@@ -209,4 +251,16 @@ class PersonaModel:
             citations=composition.passages,
             dropped_turns=composition.dropped_turns,
             skipped=composition.skipped,
+            steers=completion.steers,
+            cached_tokens=completion.cached_tokens,
         )
+
+    def _forgotten(self, owner: str) -> None:
+        self.engine.forget(owner)
+
+
+def _with_folder(options: EngineOptions, store: MemoryStore) -> EngineOptions:
+    """Options with a folder for the engine's flat files: inside the store, so that they share its fate."""
+    if options.flat_folder is not None:
+        return options
+    return options.model_copy(update={"flat_folder": store.folder / "cache" / "adapters"})

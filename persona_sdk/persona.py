@@ -4,7 +4,6 @@ Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes 
 `detach`, `rollback`, `forget`) are commits: each makes one new revision, whole or not at all.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,11 +65,13 @@ class Persona:
         return self._model.chat_batch([(self, messages)], seed=seed, **options)[0]
 
     async def achat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
-        """`chat` without blocking the event loop."""
-        return await asyncio.to_thread(self.chat, messages, seed=seed, **options)
+        """`chat` without blocking the event loop. Cancelling the task ends the reply."""
+        return await self._model.achat(self, messages, seed=seed, **options)
 
     def stream(self, messages: Messages, *, seed: int = 0, **options: Any) -> ReplyStream:
-        """Answer piece by piece; the stream's ``.reply`` is the whole answer. Arguments as for `chat`."""
+        """Answer piece by piece, for ``for`` and ``async for``; the stream's ``.reply`` is the whole answer, and
+        `ReplyStream.steer` changes what is still to come. Arguments as for `chat`.
+        """
         return self._model.stream(self, messages, seed=seed, **options)
 
     def explain(self, reply: Reply) -> Explanation:

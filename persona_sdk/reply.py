@@ -1,11 +1,14 @@
 """What a conversation gives back: replies, streams of text, and their explanation."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from persona_sdk.engine import Completion, Generation, Steer
 from persona_sdk.memory import Passage
-from persona_sdk.plan import CompositionPlan, DecodingRule, LowRankPatch, SoftPrefix
+from persona_sdk.plan import CompositionPlan, DecodingRule, KVPrefix, LowRankPatch, SoftPrefix
+from persona_sdk.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Usage:
 class Reply:
     """One answer, with everything needed to explain it and to produce it again.
 
-    ``str(reply)`` is the text. The same prompt tokens, plan and seed give the same tokens.
+    ``str(reply)`` is the text. The same prompt tokens, plan, seed and steers give the same tokens.
+    ``cached_tokens`` of the prompt came from kept keys and values.
     """
 
     text: str
@@ -34,6 +38,8 @@ class Reply:
     citations: tuple[Passage, ...] = ()
     dropped_turns: int = 0
     skipped: tuple[str, ...] = ()
+    steers: tuple[Steer, ...] = ()
+    cached_tokens: int = 0
 
     def __str__(self) -> str:
         return self.text
@@ -50,11 +56,25 @@ class Reply:
 
 
 class ReplyStream:
-    """Pieces of text as they are made; ``.reply`` is the whole answer once the stream is exhausted."""
+    """Pieces of text as they are made, for ``for`` and ``async for``; ``.reply`` is the whole answer.
 
-    def __init__(self, pieces: Iterator[str], finish: Callable[[], Reply]) -> None:
-        self._pieces = pieces
+    Generation starts at once. Dropping the stream, or leaving its loop early, ends it.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        decoder: "TextDecoder",
+        finish: Callable[[Completion], Reply],
+        steering: Steering,
+    ) -> None:
+        self._generation = generation
+        self._decoder = decoder
         self._finish = finish
+        self._steering = steering
+        self._sent = ""
+        self._pieces = self._read()
+        weakref.finalize(self, generation.cancel)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -62,12 +82,58 @@ class ReplyStream:
     def __next__(self) -> str:
         return next(self._pieces)
 
+    async def __aiter__(self) -> AsyncIterator[str]:
+        tokens: list[int] = []
+        async for token in self._generation:
+            tokens.append(token)
+            if piece := self._piece(tokens):
+                yield piece
+        if piece := self._piece(tokens, last=True):
+            yield piece
+
     @property
     def reply(self) -> Reply:
         """The whole answer; reads the rest of the stream first."""
         for _ in self._pieces:
             pass
-        return self._finish()
+        completion = self._generation.result()
+        if completion.error is not None:
+            raise completion.error
+        return self._finish(completion)
+
+    def steer(self, *, weights: Mapping[str, float] | None = None, **controls: float) -> None:
+        """Change the rest of the reply: named controls of attached adapters, or strengths of attachments.
+
+        Args:
+            weights: new strength by attachment, ``{"nurses/tone": 0.2}``.
+            **controls: new values of controls, by the names their adapters give them.
+
+        Raises:
+            InvalidInputError: this reply has no such control or attachment.
+            CompositionError: more than gates would have to change.
+            EngineError: the reply is complete.
+        """
+        if gates := self._steering.gates(controls, weights or {}):
+            self._generation.steer(gates)
+
+    def cancel(self) -> None:
+        """End the reply here; ``.reply`` is what was said so far, with ``finish_reason`` "cancelled"."""
+        self._generation.cancel()
+
+    def _read(self) -> Iterator[str]:
+        tokens: list[int] = []
+        for token in self._generation:
+            tokens.append(token)
+            if piece := self._piece(tokens):
+                yield piece
+        if piece := self._piece(tokens, last=True):
+            yield piece
+
+    def _piece(self, tokens: Sequence[int], *, last: bool = False) -> str:
+        text = self._decoder.text(tokens) if last else self._decoder.settled(tokens)
+        piece = text[len(self._sent) :]
+        self._sent = max(self._sent, text, key=len)
+        return piece
 
 
 class TextDecoder:
@@ -122,11 +188,19 @@ class Explanation:
                 rows.append(("adapter", detail))
             elif isinstance(part, SoftPrefix):
                 rows.append(("soft prefix", f"{part.origin}  {part.length} vectors {part.vectors[:12]}"))
+            elif isinstance(part, KVPrefix):
+                rows.append(("KV prefix", f"{part.origin}  {part.length} tokens {part.cache[:12]}"))
             elif isinstance(part, DecodingRule):
                 rows.append(("decoding rule", f"{part.origin}  {len(part.bias)} tokens"))
         rows += [
             ("memory", f"{passage.score:.2f}  {passage.owner}: {passage.text}") for passage in reply.citations
         ]
+        rows += [
+            ("steered", f"from token {steer.token}: new gate for {', '.join(map(self._origin, steer.gates))}")
+            for steer in reply.steers
+        ]
+        if reply.cached_tokens:
+            rows.append(("reused", f"keys and values of {reply.cached_tokens} prompt tokens"))
         if reply.dropped_turns:
             rows.append(("dropped", f"{reply.dropped_turns} oldest turns did not fit"))
         rows += [("left out", what) for what in reply.skipped]
@@ -135,6 +209,9 @@ class Explanation:
         rows.append(("decoding", f"{how}, at most {options.max_new_tokens} tokens"))
         rows.append(("plan", reply.plan_id[:16]))
         return rows
+
+    def _origin(self, patch: int) -> str:
+        return self.reply.plan.low_rank[patch].origin
 
     def __str__(self) -> str:
         return "\n".join(f"{what:<14}{detail}" for what, detail in self.rows())

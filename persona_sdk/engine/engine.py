@@ -1,255 +1,255 @@
-"""The loop: one batch of requests with different plans, one forward pass a step.
+"""The engine: one loop in one worker thread, and every way to ask it for tokens.
 
-    requests ──admit──► row buffers, prompt layout, token chooser ──prefill──► step, step, ... ──► tokens
+    submit ──► Generation           iterate it, await it, cancel it, steer it
+    generate, stream, logits        conveniences on top
 
-Every row carries its own plan. All checks run before a tensor moves. The model is locked for the length of
-one forward pass, never for a whole generation, so several streams interleave safely.
+Requests join and leave between steps; each row gets what it would get alone. The worker starts with the
+first request and ends when there is nothing to do, so an idle engine holds no thread.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_sdk.engine.hooks import LowRankHooks
-from persona_sdk.engine.prompts import PromptBatch, lay_out, positions_of, soft_vectors
-from persona_sdk.engine.rows import LowRankRows, check_patch
-from persona_sdk.engine.sampling import TokenChooser
-from persona_sdk.errors import (
-    CompositionError,
-    EngineError,
-    IncompatibleAdapterError,
-    InvalidInputError,
-    PromptTooLongError,
-)
+from persona_sdk.engine.checks import check_patch, check_request
+from persona_sdk.engine.forward.select import forward_of
+from persona_sdk.engine.generation import Generation
+from persona_sdk.engine.options import EngineOptions
+from persona_sdk.engine.request import Completion, Request, Step
+from persona_sdk.errors import DeviceMemoryError, EngineStoppedError, QueueFullError
 from persona_sdk.models import LanguageModel
-from persona_sdk.plan import CompositionPlan, DecodingRule, LowRankPatch, SoftPrefix
-from persona_sdk.tensors import Digest, TensorBundle
 
+if TYPE_CHECKING:
+    from persona_sdk.engine.loop import Loop
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One row of a batch.
+logger = logging.getLogger("persona_sdk.engine")
 
-    Args:
-        prompt: token ids.
-        plan: what the row is composed of.
-        tensors: the bundles the plan names, by digest.
-        seed: of the row's sampling stream; unused by greedy rows.
-        should_stop: asked after every token with all tokens so far; true ends the row.
-    """
-
-    prompt: tuple[int, ...]
-    plan: CompositionPlan
-    tensors: Mapping[Digest, TensorBundle] = field(default_factory=dict)
-    seed: int = 0
-    should_stop: Callable[[Sequence[int]], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One new token of one row; ``finish_reason`` is set on the row's last one."""
-
-    row: int
-    token: int
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All tokens of one row, the end token included, and why it ended: ``"stop"`` or ``"length"``."""
-
-    tokens: tuple[int, ...]
-    finish_reason: str
+_LINGER = 1.0  # seconds an idle worker waits for another request
 
 
 class Engine:
     """Executes composition plans on one base model.
 
     Args:
-        model: the base model. Its linears get a hook each; `close` takes them off.
+        model: the base model. `close` leaves it as it was found.
+        options: rows, tokens per step and memory budgets.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"low_rank", "soft_prefix", "passages", "decoding_rule"}
+        {"low_rank", "soft_prefix", "kv_prefix", "passages", "decoding_rule"}
     )
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, options: EngineOptions | None = None) -> None:
         self.model = model
+        self.options = options or EngineOptions()
         self._shapes = model.linear_shapes()
-        with model.lock:  # not while a training run has its own layers in the module tree
-            self._hooks = LowRankHooks(model.linears())
+        self._loop: "Loop | None" = None
+        self._stepping = threading.RLock()  # held for the length of a step: who holds it has the loop
+        self._inbox: deque[Generation] = deque()
+        self._news = threading.Condition()
+        self._worker: threading.Thread | None = None
         self._closed = False
-        self._vocab = int(model.module.config.get_text_config().vocab_size)
-        self._end_tokens = _end_tokens(model)
-        self._pad = next(
-            (int(t) for t in (model.tokenizer.pad_token_id, *sorted(self._end_tokens)) if t is not None), 0
-        )
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        """Take the hooks off the base model. Streams that are still open fail at their next token."""
-        with self.model.lock:
+        """Fail what still runs, end the worker, and take everything off the base model."""
+        with self._news:
             self._closed = True
-            self._hooks.remove()
+            worker = self._worker
+            self._news.notify_all()
+        if worker is not None and worker is not threading.current_thread():
+            worker.join()
+        with self._stepping:
+            self._fail_all(EngineStoppedError("The engine was closed.", hint="Open the model again."))
+            if self._loop is not None:
+                self._loop.close()
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Run all requests as one batch and return their completions in order.
+    # Asking -------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Generation:
+        """Put a request in line and return its handle at once.
 
         Raises:
-            CompositionError: a plan holds a part this engine cannot execute, or names missing tensors.
-            IncompatibleAdapterError: a plan or its tensors belong to another base model.
-            PromptTooLongError: a prompt leaves no room for the requested tokens.
+            CompositionError, IncompatibleAdapterError, InvalidInputError, PromptTooLongError: the request
+                cannot be executed.
+            QueueFullError: `EngineOptions.queue_limit` requests are waiting.
+            EngineStoppedError: the engine is closed.
         """
-        tokens: list[list[int]] = [[] for _ in requests]
-        reasons = ["length"] * len(requests)
-        for step in self.stream(requests):
-            tokens[step.row].append(step.token)
-            reasons[step.row] = step.finish_reason or reasons[step.row]
-        return [Completion(tuple(row), reason) for row, reason in zip(tokens, reasons, strict=True)]
+        self._check(request)
+        return self._enqueue([request])[0]
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Run all requests and return their completions in order. Raises like `submit`, before any runs; an
+        error of one row is in its completion.
+        """
+        for request in requests:
+            self._check(request)
+        return [generation.result() for generation in self._enqueue(requests)]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Step]:
-        """Yield every token as it is made, rows interleaved step by step. Raises like `generate`."""
+        """Yield every token as it is made, rows interleaved. Raises like `submit`, at once; a row that fails
+        on the way raises here. Leaving the loop early cancels all rows.
+        """
         for request in requests:
-            self.check(request)
-        return self._run(requests) if requests else iter(())
+            self._check(request)
+        return self._steps(self._enqueue(requests))
 
     def logits(self, requests: Sequence[Request]) -> list[Float[Tensor, "_ vocab"]]:
-        """Logits at every prompt position of each request, from one mixed batch."""
+        """Logits at every prompt position of each request, from one mixed pass. Soft vectors are left out."""
         for request in requests:
-            self.check(request)
+            self._check(request)
         if not requests:
             return []
-        with torch.inference_mode():
-            rows, batch = self._admit(requests)
-            with self._forward(rows):
-                out = self.model.module(**batch.inputs(), use_cache=False).logits
-        return [out[i, out.shape[1] - len(request.prompt) :] for i, request in enumerate(requests)]
+        with self._stepping, torch.inference_mode():
+            loop = self._ready_loop()
+            rows = []
+            try:
+                for request in requests:
+                    row = loop.reserve(Generation(request, lambda: None))
+                    if row is None:
+                        raise DeviceMemoryError(
+                            f"There is room for {len(rows)} of {len(requests)} rows now.",
+                            hint="Ask for fewer at once, or raise the budgets in EngineOptions.",
+                        )
+                    rows.append(row)
+                lengths = [row.remaining for row in rows]
+                new = [row.chunk(length) for row, length in zip(rows, lengths, strict=True)]
+                out = loop.forward_pass([row.number for row in rows], new, every=True)
+            finally:
+                for row in rows:
+                    loop.free(row)
+        pieces = out.split(lengths)
+        return [
+            piece[len(piece) - len(request.prompt) :] for piece, request in zip(pieces, requests, strict=True)
+        ]
 
     def check(self, request: Request, *, room: bool = True) -> None:
-        """Raise unless this engine can execute the request. Moves no tensor.
+        """Raise unless this engine can execute the request, its adapters' shapes included.
 
-        With ``room=False`` the length of the prompt is left out, to check a plan by itself.
+        With ``room=False`` the length of the prompt is left out, to check a plan by itself. `submit` leaves
+        the shapes to the loading of the adapters, which then fails that row.
         """
-        plan, prompt = request.plan, request.prompt
-        if plan.base != self.model.fingerprint:
-            raise IncompatibleAdapterError(
-                f"The plan is for base model {plan.base[:12]}, this one is {self.model.fingerprint[:12]}.",
-                hint="Compose the plan again with the model that is loaded.",
-            )
-        for part in plan.parts:
-            if part.kind not in self.capabilities:
-                raise CompositionError(
-                    f"This engine cannot execute a {part.kind!r} part ({part.origin!r}).",
-                    hint=f"It executes: {', '.join(sorted(self.capabilities))}.",
-                )
-            named = getattr(part, "factors", None) or getattr(part, "vectors", None)
-            if named is not None and named not in request.tensors:
-                raise CompositionError(
-                    f"The request does not carry the tensors {named[:12]} of {part.origin!r}.",
-                    hint="Pass the contributions' tensors along with the plan.",
-                )
-        for patch in plan.low_rank:
+        check_request(request, self.model, self.capabilities, room=room)
+        for patch in request.plan.low_rank:
             check_patch(patch, request.tensors[patch.factors], self._shapes)
-        soft_vectors(plan.of(SoftPrefix), request.tensors, self.model.d_model)
-        if not 0 <= request.seed < 2**63:
-            raise InvalidInputError(f"The seed is {request.seed}.", hint="Expected an integer in [0, 2**63).")
-        vocab = self._vocab
-        rules: tuple[DecodingRule, ...] = plan.of(DecodingRule)
-        stray = [t for t in (*prompt, *(t for rule in rules for t, _ in rule.bias)) if not 0 <= t < vocab]
-        if not prompt or stray:
-            raise InvalidInputError(
-                f"Token ids {stray[:3]} are outside the vocabulary."
-                if stray
-                else "The prompt has no tokens.",
-                hint=f"Expected at least one id in [0, {vocab}).",
-            )
-        prefix = sum(part.length for part in plan.of(SoftPrefix))
-        needed = prefix + len(prompt) + plan.options.max_new_tokens
-        if room and needed > self.model.context_length:
-            raise PromptTooLongError(
-                f"{prefix + len(prompt)} prompt and {plan.options.max_new_tokens} new tokens do not fit the "
-                f"context of {self.model.context_length}.",
-                hint="Shorten the prompt, drop old turns or ask for fewer new tokens.",
-                needed=needed,
-            )
 
-    def _admit(self, requests: Sequence[Request]) -> tuple[LowRankRows | None, PromptBatch]:
-        device = self.model.device
-        embed = self.model.module.get_input_embeddings()
-        soft = [soft_vectors(r.plan.of(SoftPrefix), r.tensors, self.model.d_model) for r in requests]
-        batch = lay_out([r.prompt for r in requests], soft, embed=embed, pad=self._pad, device=device)
-        patches: list[tuple[LowRankPatch, ...]] = [r.plan.low_rank for r in requests]
-        rank = max(sum(patch.rank for patch in row) for row in patches)
-        if rank == 0:
-            return None, batch
-        # On CPUs the branch stays in float32: batched bfloat16 products are slower there, not faster.
-        dtype = torch.float32 if device.type == "cpu" else self.model.module.dtype
-        rows = LowRankRows(self._shapes, len(requests), rank, device=device, dtype=dtype)
-        for index, request in enumerate(requests):
-            rows.admit(index, patches[index], request.tensors)
-        return rows, batch
+    def _check(self, request: Request) -> None:
+        check_request(request, self.model, self.capabilities)
 
-    @contextmanager
-    def _forward(self, rows: LowRankRows | None) -> Iterator[None]:
-        with self.model.lock, self._hooks.bound(rows):
+    def forget(self, scope: str) -> None:
+        """Drop every prefix kept for a scope, from memory at once."""
+        if self._loop is not None:
+            self._loop.prefixes.forget(scope)
+
+    def drop(self, digests: Sequence[str]) -> None:
+        """Drop adapters from every tier; rows that use one keep it to their end."""
+        if self._loop is not None:
+            self._loop.tiers.drop(digests)
+
+    # The worker ---------------------------------------------------------------------------------------
+
+    def _enqueue(self, requests: Sequence[Request]) -> list[Generation]:
+        generations = [Generation(request, self._wake) for request in requests]
+        with self._news:
             if self._closed:
-                raise EngineError("The engine was closed.", hint="Open the model again.")
-            yield
+                raise EngineStoppedError("The engine was closed.", hint="Open the model again.")
+            waiting = len(self._inbox) + (self._loop.waiting if self._loop else 0)
+            if waiting + len(generations) > self.options.queue_limit:
+                raise QueueFullError(
+                    f"{waiting} requests are waiting; {self.options.queue_limit} may.",
+                    hint="Try again in a moment, or raise EngineOptions.queue_limit.",
+                )
+            self._inbox.extend(generations)
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="persona-engine", daemon=True)
+                self._worker.start()
+            self._news.notify_all()
+        return generations
 
-    def _run(self, requests: Sequence[Request]) -> Iterator[Step]:
-        with torch.inference_mode():
-            rows, batch = self._admit(requests)
-            chooser = TokenChooser(
-                [r.plan.options for r in requests],
-                [r.plan.of(DecodingRule) for r in requests],
-                [r.seed for r in requests],
-                [r.prompt for r in requests],
-                vocab=self._vocab,
-                device=self.model.device,
+    def _wake(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while self._await_work():
+                with self._stepping:
+                    loop = self._ready_loop()
+                    while self._inbox:
+                        loop.enqueue(self._inbox.popleft())
+                    loop.step()
+        except BaseException as error:
+            logger.exception("the engine's worker died")
+            stopped = EngineStoppedError(
+                f"The engine's worker died: {error!r}.", hint="Ask again; a new worker starts."
             )
-        live = set(range(len(requests)))
-        emitted: list[list[int]] = [[] for _ in requests]
-        inputs, mask, cache = batch.inputs(), batch.mask, None
-        step = 0
-        while live:
-            # Entered anew each step: a generator must not leave inference mode on while it is suspended.
-            with torch.inference_mode():
-                with self._forward(rows):
-                    out = self.model.module(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                chosen = chooser.choose(out.logits[:, -1], step)
-                cache = out.past_key_values
-                mask = torch.cat([mask, mask.new_ones(len(requests), 1)], dim=1)
-                inputs = {
-                    "input_ids": chosen[:, None],
-                    "attention_mask": mask,
-                    "position_ids": positions_of(mask)[:, -1:],
-                }
-            for row, token in enumerate(chosen.tolist()):
-                if row in live:
-                    emitted[row].append(token)
-                    reason = self._finish_reason(requests[row], emitted[row])
-                    if reason:
-                        live.discard(row)
-                    yield Step(row, token, reason)
-            step += 1
+            with self._stepping:
+                with self._news:
+                    self._worker = None
+                self._fail_all(stopped)
 
-    def _finish_reason(self, request: Request, tokens: list[int]) -> str | None:
-        options = request.plan.options
-        ended = tokens[-1] in self._end_tokens and not options.ignore_eos
-        if ended or (request.should_stop is not None and request.should_stop(tokens)):
-            return "stop"
-        return "length" if len(tokens) >= options.max_new_tokens else None
+    def _await_work(self) -> bool:
+        """Wait until there is something to do; False if the worker may end."""
+        with self._news:
+            until = time.monotonic() + _LINGER
+            while not self._inbox and (self._loop is None or self._loop.idle):
+                left = until - time.monotonic()
+                if self._closed or left <= 0:
+                    self._worker = None
+                    return False
+                self._news.wait(left)
+            if self._closed:
+                self._worker = None
+            return not self._closed
 
+    def _fail_all(self, error: EngineStoppedError) -> None:
+        with self._news:
+            inbox = list(self._inbox)
+            self._inbox.clear()
+        for generation in inbox:
+            generation.finish(Completion((), "error", error=error))
+        if self._loop is not None:
+            self._loop.fail_all(error)
 
-def _end_tokens(model: LanguageModel) -> frozenset[int]:
-    """Every id that ends a reply, by the generation config, else by config and tokenizer."""
-    generation = getattr(model.module, "generation_config", None)
-    for owner in (generation, model.module.config, model.tokenizer):
-        ids = getattr(owner, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset()
+    def _ready_loop(self) -> "Loop":
+        """The loop; made, with all it holds, when it is first needed."""
+        if self._loop is None:
+            from persona_sdk.engine.loop import Loop
+
+            self._loop = Loop(self.model, forward_of(self.model, fused=self.options.fused), self.options)
+        return self._loop
+
+    def _steps(self, generations: Sequence[Generation]) -> Iterator[Step]:
+        news: SimpleQueue[int] = SimpleQueue()
+        for number, generation in enumerate(generations):
+            generation.listen(lambda number=number: news.put(number))  # type: ignore[misc]
+        given, live = [0] * len(generations), set(range(len(generations)))
+        try:
+            while live:
+                number = news.get()
+                generation = generations[number]
+                done, tokens = generation.done, generation.tokens
+                for index in range(given[number], len(tokens)):
+                    last = done and index == len(tokens) - 1
+                    yield Step(number, tokens[index], generation.result().finish_reason if last else None)
+                given[number] = len(tokens)
+                if done and number in live:
+                    live.discard(number)
+                    if error := generation.result().error:
+                        raise error
+        finally:
+            for number in live:
+                generations[number].cancel()

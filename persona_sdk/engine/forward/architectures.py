@@ -51,7 +51,9 @@ class Blocks:
 def blocks_of(module: Any) -> Blocks | None:
     """The parts of a Llama-like causal LM; None for any other."""
     config = module.config
-    if config.model_type not in LLAMA_LIKE or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    if config.model_type not in LLAMA_LIKE or "sliding_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
         return None
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return None

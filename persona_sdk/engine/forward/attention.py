@@ -121,9 +121,9 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
         kv_heads: Any,
         out: Any,
     ) -> None:
-        query = np.empty((repeat, head_dim), np.float32)
-        total = np.empty((repeat, head_dim), np.float32)
-        scores = np.empty((repeat, tables.shape[1]), np.float32)
+        query = np.empty((kv_heads, repeat, head_dim), np.float32)
+        total = np.empty((kv_heads, repeat, head_dim), np.float32)
+        scores = np.empty((kv_heads, repeat, tables.shape[1]), np.float32)
         for row in range(qkv.shape[0]):
             length = seen[row]
             new = tables[row, length - 1]
@@ -141,43 +141,53 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
                     value[d] = qkv[row, first + d]
                 for r in range(repeat):
                     first = (head * repeat + r) * head_dim
+                    turned = query[head, r]
                     for d in range(half):
                         a, b = qkv[row, first + d], qkv[row, first + half + d]
-                        query[r, d] = (a * cos[row, d] - b * sin[row, d]) * scale
-                        query[r, half + d] = (b * cos[row, half + d] + a * sin[row, half + d]) * scale
+                        turned[d] = (a * cos[row, d] - b * sin[row, d]) * scale
+                        turned[half + d] = (b * cos[row, half + d] + a * sin[row, half + d]) * scale
                     for d in range(rotary_dim, head_dim):
-                        query[r, d] = qkv[row, first + d] * scale
-                for t in range(length):
-                    key = keys[tables[row, t], head]
+                        turned[d] = qkv[row, first + d] * scale
+            # Tokens outside, heads inside: a token's heads lie side by side in memory.
+            for t in range(length):
+                token = keys[tables[row, t]]
+                for head in range(kv_heads):
+                    key = token[head]
                     for r in range(repeat):
-                        dot = zero
+                        dot, turned = zero, query[head, r]
                         for d in range(head_dim):
-                            dot += query[r, d] * key[d]
-                        scores[r, t] = dot
+                            dot += turned[d] * key[d]
+                        scores[head, r, t] = dot
+            for head in range(kv_heads):
                 for r in range(repeat):
+                    line = scores[head, r]
                     highest, norm = lowest, zero
                     for t in range(length):
-                        highest = max(highest, scores[r, t])
+                        highest = max(highest, line[t])
                     for t in range(length):
-                        weight = math.exp(scores[r, t] - highest)
-                        scores[r, t] = weight
+                        weight = math.exp(line[t] - highest)
+                        line[t] = weight
                         norm += weight
                     for t in range(length):
-                        scores[r, t] /= norm
-                    for d in range(head_dim):
-                        total[r, d] = zero
-                for t in range(length):
-                    value = values[tables[row, t], head]
+                        line[t] /= norm
+            total[:] = zero
+            for t in range(length):
+                token = values[tables[row, t]]
+                for head in range(kv_heads):
+                    value = token[head]
                     for r in range(repeat):
-                        weight = scores[r, t]
+                        weight, into = scores[head, r, t], total[head, r]
                         for d in range(head_dim):
-                            total[r, d] += weight * value[d]
+                            into[d] += weight * value[d]
+            for head in range(kv_heads):
                 for r in range(repeat):
                     first = (head * repeat + r) * head_dim
                     for d in range(head_dim):
-                        out[row, first + d] = total[r, d]
+                        out[row, first + d] = total[head, r, d]
 
     # "nnan" and "ninf" stay off: a row with NaN must stay NaN, so that it is found and stopped.
     flags = {"nsz", "arcp", "contract", "afn", "reassoc"}
-    compiled: Callable[..., None] = numba.njit(fastmath=flags, nogil=True, error_model="numpy", cache=True)(step)
+    compiled: Callable[..., None] = numba.njit(fastmath=flags, nogil=True, error_model="numpy", cache=True)(
+        step
+    )
     return compiled

@@ -1,16 +1,17 @@
 """What a forward pass is to the engine: packed tokens in, logits out, low-rank branches at named sites."""
 
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from persona_sdk.engine.forward.batch import PackedBatch
 from persona_sdk.engine.forward.pool import LayerShape, TokenPool
 from persona_sdk.engine.low_rank.sites import Site
 
 
+@runtime_checkable
 class Branches(Protocol):
     """The low-rank branches of a pass: adds every row's own to the output of a site, in place."""
 
@@ -19,6 +20,7 @@ class Branches(Protocol):
         ...
 
 
+@runtime_checkable
 class Forward(Protocol):
     """One base model's forward pass.
 
@@ -46,7 +48,7 @@ class Forward(Protocol):
         ...
 
 
-def embedded(embed: Any, batch: PackedBatch) -> Float[Tensor, "tokens d_model"]:
+def embedded(embed: nn.Module, batch: PackedBatch) -> Float[Tensor, "tokens d_model"]:
     """Token embeddings, with the rows' own vectors in their places."""
     x: Tensor = embed(batch.tokens)
     for start, vectors in batch.vectors:

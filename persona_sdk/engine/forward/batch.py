@@ -1,8 +1,8 @@
 """One forward pass over the new tokens of several rows, packed one after another without padding.
 
-    tokens     | row 0: t t t t | row 2: t | row 5: t t |          lengths = (4, 1, 2)
-    slots      where each new token's keys and values go in the pool
-    tables     for every row, the slots of all its tokens so far, the new ones included
+tokens     | row 0: t t t t | row 2: t | row 5: t t |          lengths = (4, 1, 2)
+slots      where each new token's keys and values go in the pool
+tables     for every row, the slots of all its tokens so far, the new ones included
 """
 
 from collections.abc import Sequence

@@ -102,9 +102,7 @@ class _Layer:
 class _Attention:
     """Attention of one pass: what all layers share is prepared once."""
 
-    def __init__(
-        self, blocks: Blocks, batch: PackedBatch, pool: TokenPool, cos: Tensor, sin: Tensor
-    ) -> None:
+    def __init__(self, blocks: Blocks, batch: PackedBatch, pool: TokenPool, cos: Tensor, sin: Tensor) -> None:
         self._heads, self._kv_heads, self._head_dim = blocks.heads, blocks.kv_heads, blocks.head_dim
         self._batch, self._pool, self._cos, self._sin = batch, pool, cos, sin
         compiled = None
@@ -126,7 +124,7 @@ class _Attention:
             split[:, heads : heads + kv_heads] = _normed(block.k_norm, split[:, heads : heads + kv_heads])
         if self._compiled is None:
             turned = rotate(split[:, : heads + kv_heads], self._cos, self._sin)
-            query, key = turned.split([heads, kv_heads], dim=1)
+            query, key = turned[:, :heads], turned[:, heads:]
             out = attend(
                 query, key, split[:, heads + kv_heads :], self._batch, self._pool, layer, block.scale
             )

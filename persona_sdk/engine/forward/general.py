@@ -36,7 +36,8 @@ class GeneralForward:
         with model.lock:  # not while a training run has its own layers in the module tree
             linears = model.linears()
             self._handles = [
-                linears[site.modules[0].path].register_forward_hook(self._hook_for(site)) for site in self.sites
+                linears[site.modules[0].path].register_forward_hook(self._hook_for(site))
+                for site in self.sites
             ]
 
     def spread(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
@@ -132,7 +133,7 @@ class _Padded:
         return zeros.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
-class _PoolLayer(CacheLayerMixin):
+class _PoolLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of the token pool, as a transformers cache layer."""
 
     is_croppable = False

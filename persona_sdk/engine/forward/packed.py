@@ -33,7 +33,9 @@ class PackedLinear:
         if any(linear.bias is not None for linear in linears):
             bias = torch.cat(
                 [
-                    linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+                    linear.weight.new_zeros(linear.out_features)
+                    if linear.bias is None
+                    else linear.bias.detach()
                     for linear in linears
                 ]
             )

@@ -49,7 +49,8 @@ class TokenPool:
         self.most_tokens = max(budget_bytes // self.bytes_per_token, 1)
         first = min(_FIRST_CAPACITY, self.most_tokens)
         self.keys = [
-            torch.zeros(first, layer.kv_heads, layer.key_dim, device=device, dtype=dtype) for layer in self.layers
+            torch.zeros(first, layer.kv_heads, layer.key_dim, device=device, dtype=dtype)
+            for layer in self.layers
         ]
         self.values = [
             torch.zeros(first, layer.kv_heads, layer.value_dim, device=device, dtype=dtype)
@@ -76,7 +77,7 @@ class TokenPool:
         """
         if count >= self.most_tokens:
             raise BudgetError(
-                f"The request needs keys and values of {count} tokens; {self.most_tokens - 1} fit the budget.",
+                f"The request needs room for {count} tokens; {self.most_tokens - 1} fit the budget.",
                 hint="Shorten the prompt, ask for fewer new tokens, or raise EngineOptions.kv_bytes.",
             )
         if count > len(self._free):
@@ -124,7 +125,9 @@ class TokenPool:
                 for pools in (self.keys, self.values):
                     for layer, pool in enumerate(pools):
                         if pool.shape[0] < size:
-                            pools[layer] = torch.cat([pool, pool.new_zeros(size - pool.shape[0], *pool.shape[1:])])
+                            pools[layer] = torch.cat(
+                                [pool, pool.new_zeros(size - pool.shape[0], *pool.shape[1:])]
+                            )
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise

@@ -1,0 +1,333 @@
+"""The loop all requests share, one step at a time: admit, prefill a chunk, decode one token, sample, emit.
+
+    queue ──admit──► row table ──chunks under a token budget──► prompt done ──one token a step──► done
+              │ slots, keys and values reserved here, given back when the row ends
+
+A step never waits for a slow row: prompts are computed in chunks, ended rows are gone before the next
+step, and what goes wrong with one row ends that row alone. Single-threaded; `Engine` runs it in its worker.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_sdk.engine.entries import entries, given_entries, soft_vectors
+from persona_sdk.engine.forward.base import Forward
+from persona_sdk.engine.forward.batch import PackedBatch, RowTokens, pack
+from persona_sdk.engine.forward.pool import TokenPool
+from persona_sdk.engine.generation import Generation
+from persona_sdk.engine.low_rank.arena import Slot
+from persona_sdk.engine.low_rank.rows import BoundPatch, PatchTable
+from persona_sdk.engine.low_rank.tiers import AdapterTiers
+from persona_sdk.engine.options import EngineOptions
+from persona_sdk.engine.prefix.cache import PrefixCache
+from persona_sdk.engine.request import Completion, Request, Steer
+from persona_sdk.engine.row import Row, joined
+from persona_sdk.engine.sampling import RowSampler, choose
+from persona_sdk.engine.schedule import Fit, Prefilling, Queue, Waiting, chunks
+from persona_sdk.errors import EngineError, NumericalError, PersonaError
+from persona_sdk.models import LanguageModel
+from persona_sdk.plan import DecodingRule, KVPrefix
+from persona_sdk.tensors import Digest, TensorBundle
+
+logger = logging.getLogger("persona_sdk.engine")
+
+
+class Loop:
+    """Queue, row table and what the rows hold. Every method is called by one thread at a time."""
+
+    def __init__(self, model: LanguageModel, forward: Forward, options: EngineOptions) -> None:
+        self.model, self.forward, self.options = model, forward, options
+        self.pool = TokenPool(
+            forward.layers, device=model.device, dtype=forward.cache_dtype, budget_bytes=options.kv_bytes
+        )
+        # On CPUs the branch stays in float32: batched bfloat16 products are slower there, not faster.
+        dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+        self.tiers = AdapterTiers(forward.sites, device=model.device, dtype=dtype, options=options.tiers())
+        self.patches = PatchTable(calibrate=options.calibrate)
+        self.prefixes = PrefixCache(options.prefix_bytes)
+        self.rows: dict[int, Row] = {}
+        self._free_rows = list(range(options.max_rows))
+        self._queue = Queue(options.schedule())
+        self._waiting: dict[int, Generation] = {}
+        self._vocab = int(model.module.config.get_text_config().vocab_size)
+        self._end_tokens = end_tokens(model)
+        self._ticket = 0
+        self.steps = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return not self.rows and not self._waiting
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line."""
+        return len(self._waiting)
+
+    def close(self) -> None:
+        """Release the tiers and leave the base model as it was found."""
+        self.tiers.close()
+        self.prefixes.clear()
+        self.forward.close()
+
+    def enqueue(self, generation: Generation) -> None:
+        """Put a request in line; its adapters start to load."""
+        request = generation.request
+        self._ticket += 1
+        self._waiting[self._ticket] = generation
+        self._queue.add(
+            Waiting(
+                ticket=self._ticket,
+                arrived=self.steps,
+                scopes=request.scope,
+                tokens_to_prefill=entries(request),
+                kv_tokens=entries(request) + request.plan.options.max_new_tokens,
+                resident=all(self.tiers.resident(patch.factors) for patch in request.plan.low_rank),
+            )
+        )
+        for patch in request.plan.low_rank:
+            self.tiers.prefetch(patch.factors, patch.rank, loader(request, patch.factors))
+
+    def step(self) -> None:
+        """One step of everything that runs."""
+        self.steps += 1
+        with torch.inference_mode():
+            self._drop_cancelled()
+            self._admit()
+            self._steer()
+            decoding = [row for row in self.rows.values() if row.tokens]
+            plan = chunks(
+                [Prefilling(row.number, row.remaining) for row in self.rows.values() if row.remaining],
+                self.options.prefill_tokens,
+            )
+            if plan:
+                self._prefill([(self.rows[number], count) for number, count in plan])
+            if decoding:
+                self._pass(decoding, [row.step() for row in decoding])
+
+    def fail_all(self, error: PersonaError) -> None:
+        """End everything that runs or waits with an error."""
+        for row in tuple(self.rows.values()):
+            self._end(row, "error", error)
+        for ticket, generation in tuple(self._waiting.items()):
+            self._leave_queue(ticket)
+            generation.finish(Completion((), "error", error=error))
+
+    # Joining ------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        if not self._waiting or not self._free_rows:
+            return
+        active = Counter(row.request.scope[0] for row in self.rows.values() if row.request.scope)
+        self._queue.admit(self._try, active, step=self.steps, room=lambda: len(self._free_rows))
+
+    def _try(self, ticket: int) -> Fit:
+        """Reserve all a request needs and make it a row, or say that it has to wait."""
+        generation = self._waiting[ticket]
+        try:
+            row = self.reserve(generation)
+        except PersonaError as error:
+            del self._waiting[ticket]
+            generation.finish(Completion((), "error", error=error))
+            return Fit.NEVER
+        if row is None:
+            return Fit.NOT_NOW
+        del self._waiting[ticket]
+        return Fit.YES
+
+    def reserve(self, generation: Generation) -> Row | None:
+        """Make a request a row; None while others hold what it needs.
+
+        Raises:
+            PersonaError: it can never run: adapters that are missing or damaged, more than a whole budget.
+        """
+        request = generation.request
+        slots: list[Slot] = []
+        table = None
+        try:
+            for patch in request.plan.low_rank:
+                slot = self.tiers.acquire(patch.factors, patch.rank, loader(request, patch.factors))
+                if slot is None:
+                    break
+                slots.append(slot)
+            else:
+                table = self.pool.take(entries(request) + request.plan.options.max_new_tokens)
+            if table is None:
+                self._release(slots)
+                return None
+            row = Row(
+                generation,
+                self._free_rows[-1],
+                table,
+                tuple(slots),
+                self._sampler(request),
+                joined(soft_vectors(request, self.model.d_model)),
+            )
+            self._start(row)
+        except BaseException:
+            self._release(slots)
+            if table is not None:
+                self.pool.give(table)
+            raise
+        self._free_rows.pop()
+        self.rows[row.number] = row
+        generation.admitted = generation.admitted or time.perf_counter()
+        self.patches.bind(
+            row.number,
+            [BoundPatch(slot, patch.gate) for slot, patch in zip(slots, request.plan.low_rank, strict=True)],
+        )
+        return row
+
+    def _start(self, row: Row) -> None:
+        """Put keys and values that exist already into the pool: a KV prefix, or a kept prompt prefix."""
+        request = row.request
+        for part in request.plan.of(KVPrefix):
+            self.pool.load(row.table[: part.length], request.tensors[part.cache])
+            row.past = part.length
+            return
+        if request.keep_prefix and (hit := self.prefixes.lookup(request.plan, request.prompt)):
+            self.pool.load(row.table[: hit.length], hit.bundle)
+            row.past = hit.length
+            row.cached = max(hit.length - given_entries(request), 0)
+
+    def _sampler(self, request: Request) -> RowSampler:
+        plan = request.plan
+        return RowSampler(
+            plan.options,
+            plan.of(DecodingRule),
+            request.seed,
+            request.prompt,
+            vocab=self._vocab,
+            device=self.model.device,
+        )
+
+    # Running ------------------------------------------------------------------------------------------
+
+    def _prefill(self, parts: Sequence[tuple[Row, int]]) -> None:
+        rows = [row for row, _ in parts]
+        self._pass(rows, [row.chunk(count) for row, count in parts])
+
+    def _pass(self, rows: Sequence[Row], new: Sequence[RowTokens]) -> None:
+        """One forward pass. Rows whose prompt is done, or that are past it, get their next token."""
+        logits = self.forward_pass([row.number for row in rows], new)
+        ready: list[int] = []
+        for index, (row, tokens) in enumerate(zip(rows, new, strict=True)):
+            row.past += len(tokens.tokens)
+            if row.remaining == 0:
+                ready.append(index)
+                if not row.tokens:
+                    self._keep(row)
+        if not ready:
+            return
+        if len(ready) < len(rows):
+            logits = logits[ready]
+        chosen = choose(logits, [rows[index].sampler for index in ready])
+        # The one wait for the device in a step.
+        for index, token, bad in zip(ready, chosen.tokens.tolist(), chosen.bad.tolist(), strict=True):
+            self._take(rows[index], token, bad)
+
+    def forward_pass(
+        self, numbers: Sequence[int], new: Sequence[RowTokens], *, every: bool = False
+    ) -> Float[Tensor, "outputs vocab"]:
+        """Logits of the rows' new tokens under their own patches."""
+        batch: PackedBatch = pack(new, self.model.device)
+        branches = self.patches.batch(numbers, self.forward.spread(batch.lengths), self.model.device)
+        return self.forward(batch, self.pool, branches, every=every)
+
+    def _take(self, row: Row, token: int, bad: bool) -> None:
+        if bad:
+            error = NumericalError(
+                f"The logits of token {len(row.tokens)} are not numbers.",
+                hint="An adapter, a soft prefix or a kept prefix holds NaN or huge values: detach it.",
+            )
+            self._end(row, "error", error)
+            return
+        row.tokens.append(token)
+        reason: str | None
+        try:
+            reason = self._finish_reason(row)
+        except Exception as error:  # the caller's own should_stop
+            logger.exception("should_stop failed")
+            self._end(row, "error", EngineError(f"should_stop failed: {error!r}."))
+            return
+        if reason is None:
+            row.generation.emit(token)
+        else:
+            self._end(row, reason, last=token)
+
+    def _finish_reason(self, row: Row) -> str | None:
+        options, tokens = row.request.plan.options, row.tokens
+        ended = tokens[-1] in self._end_tokens and not options.ignore_eos
+        if ended or (row.request.should_stop is not None and row.request.should_stop(tokens)):
+            return "stop"
+        return "length" if len(tokens) >= options.max_new_tokens else None
+
+    def _steer(self) -> None:
+        for row in self.rows.values():
+            if gates := row.generation.take_gates():
+                row.steers.append(Steer(len(row.tokens), gates))
+                for number, gate in gates.items():
+                    self.patches.steer(row.number, number, gate)
+
+    def _keep(self, row: Row) -> None:
+        """Keep the keys and values of a whole prompt, unless a steer changed them on the way."""
+        request = row.request
+        if request.keep_prefix and not row.steers and self.prefixes.wants(row.past, row.cached):
+            self.prefixes.insert(
+                request.plan, request.prompt, self.pool.export(row.table[: row.past]), request.scope
+            )
+
+    # Leaving ------------------------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        for row in tuple(self.rows.values()):
+            if row.generation.cancelled:
+                self._end(row, "cancelled")
+        for ticket, generation in tuple(self._waiting.items()):
+            if generation.cancelled:
+                self._leave_queue(ticket)
+                generation.finish(Completion((), "cancelled"))
+
+    def _leave_queue(self, ticket: int) -> None:
+        del self._waiting[ticket]
+        self._queue.remove(ticket)
+
+    def _end(self, row: Row, reason: str, error: PersonaError | None = None, last: int | None = None) -> None:
+        """Free everything a row holds, then tell its reader."""
+        self.free(row)
+        if last is not None:
+            row.generation.emit(last)
+        row.generation.finish(Completion(tuple(row.tokens), reason, row.cached, tuple(row.steers), error))
+
+    def free(self, row: Row) -> None:
+        """Give back a row's place, its slots and its keys and values."""
+        del self.rows[row.number]
+        self._free_rows.append(row.number)
+        self.patches.unbind(row.number)
+        self._release(row.slots)
+        self.pool.give(row.table)
+
+    def _release(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            self.tiers.release(slot)
+
+
+def loader(request: Request, factors: Digest) -> Callable[[], TensorBundle]:
+    """How the tiers get a bundle when none of them has it."""
+    return lambda: request.tensors[factors]
+
+
+def end_tokens(model: LanguageModel) -> frozenset[int]:
+    """Every id that ends a reply, by the generation config, else by config and tokenizer."""
+    generation = getattr(model.module, "generation_config", None)
+    for owner in (generation, model.module.config, model.tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
+    return frozenset()

@@ -1,0 +1,29 @@
+"""What an engine may use: rows, tokens per step, bytes per tier."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from persona_sdk.config import FrozenConfig
+
+
+class EngineOptions(FrozenConfig):
+    """Limits of one engine. Bytes are budgets, not reservations: memory grows with use.
+
+    Args are documented by their fields; the defaults suit a laptop and a small model.
+    """
+
+    max_rows: int = Field(32, ge=1, description="rows that generate at the same time")
+    queue_limit: int = Field(4096, ge=1, description="requests that may wait; more are refused")
+    prefill_tokens: int = Field(256, ge=1, description="prompt tokens per step, so that nobody stalls")
+    max_wait: int = Field(200, ge=1, description="steps after which waiting beats every preference")
+    kv_bytes: int = Field(2 * 2**30, ge=1, description="keys and values of the rows")
+    prefix_bytes: int = Field(512 * 2**20, ge=0, description="kept prefixes, in host memory; 0 keeps none")
+    device_bytes: int = Field(2**30, ge=1, description="adapters in device slots")
+    host_bytes: int = Field(2**30, ge=0, description="adapters in host memory")
+    disk_bytes: int = Field(4 * 2**30, ge=0, description="adapters as flat files in `flat_folder`")
+    flat_folder: Path | None = Field(
+        None, description="folder for flat files; emptied when opened and closed"
+    )
+    fused: bool = Field(True, description="use the fused forward pass where the architecture is known")
+    calibrate: bool = Field(True, description="choose kernels by measuring this machine once")

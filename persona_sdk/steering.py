@@ -1,0 +1,105 @@
+"""Changing a reply while it is being written: named controls become new gates of running patches.
+
+    stream = alice.stream("Tell me about tides.")
+    stream.steer(concise=0.9)                        a control of an attached adapter that has it
+    stream.steer(weights={"nurses/tone": 0.2})       the strength of an attachment
+
+The adapter contributes again with the new state or weight. Its factors must be the same, only gates may
+differ: then the engine changes gates and touches no weight. What is steered ends with the reply.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from persona_sdk.adapters import Adapter, AdapterRequest, State, Steerable
+from persona_sdk.errors import CompositionError, InvalidInputError
+from persona_sdk.plan import LowRankPatch, PlanPart
+
+
+@dataclass(frozen=True)
+class Contributor:
+    """One adapter in a plan: how it contributed, and the plan's low-rank patches that are its own.
+
+    Args:
+        name: ``owner/name`` of the adapter.
+        first: number of its first low-rank patch among the plan's.
+    """
+
+    name: str
+    adapter: Adapter
+    state: State
+    request: AdapterRequest
+    parts: tuple[PlanPart, ...]
+    first: int
+
+    @property
+    def patches(self) -> tuple[LowRankPatch, ...]:
+        """Its low-rank patches."""
+        return tuple(part for part in self.parts if isinstance(part, LowRankPatch))
+
+    def steered(self, controls: Mapping[str, float], weight: float | None) -> "Contributor":
+        """The same adapter after a change.
+
+        Raises:
+            CompositionError: more than gates would change.
+        """
+        state = self.state
+        if controls and isinstance(self.adapter, Steerable):
+            state = self.adapter.steered(state, controls)
+        request = self.request if weight is None else replace(self.request, weight=weight)
+        parts = self.adapter.contribute(state, request).parts
+        if list(map(_without_gate, parts)) != list(map(_without_gate, self.parts)):
+            raise CompositionError(
+                f"{self.name!r} cannot be steered so: more than its gates would change.",
+                hint="Detach and attach it for the next reply instead.",
+            )
+        return replace(self, state=state, request=request, parts=parts)
+
+
+class Steering:
+    """What may be steered in one running reply."""
+
+    def __init__(self, contributors: Sequence[Contributor]) -> None:
+        self._contributors = list(contributors)
+
+    def gates(
+        self, controls: Mapping[str, float], weights: Mapping[str, float]
+    ) -> dict[int, tuple[float, ...]]:
+        """New gates by number of patch. Later calls start from what earlier ones changed.
+
+        Raises:
+            InvalidInputError: a control or attachment that this reply does not have, or no finite number.
+            CompositionError: more than gates would change.
+        """
+        for name, value in {**controls, **weights}.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+                raise InvalidInputError(f"{name}={value!r} cannot be used.", hint="Expected a finite number.")
+        known = {c.name: self._controls(c) for c in self._contributors}
+        strangers = set(weights) - set(known) | set(controls) - {n for names in known.values() for n in names}
+        if strangers:
+            steerable = sorted({name for names in known.values() for name in names})
+            raise InvalidInputError(
+                f"This reply has no {sorted(strangers)[0]!r} to steer.",
+                hint=f"Controls: {', '.join(steerable) or 'none'}; "
+                f"attachments: {', '.join(known) or 'none'}.",
+            )
+        changed = [
+            c.steered({n: controls[n] for n in known[c.name] if n in controls}, weights.get(c.name))
+            for c in self._contributors
+        ]
+        gates = {}
+        for before, after in zip(self._contributors, changed, strict=True):
+            for place, (old, new) in enumerate(zip(before.patches, after.patches, strict=True)):
+                if old.gate != new.gate:
+                    gates[before.first + place] = new.gate
+        self._contributors = changed
+        return gates
+
+    @staticmethod
+    def _controls(contributor: Contributor) -> tuple[str, ...]:
+        adapter = contributor.adapter
+        return adapter.controls(contributor.state) if isinstance(adapter, Steerable) else ()
+
+
+def _without_gate(part: PlanPart) -> object:
+    return (part.factors, part.rank) if isinstance(part, LowRankPatch) else part
