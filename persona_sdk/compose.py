@@ -1,7 +1,8 @@
 """From who to how: a persona at its current revision and a request become one plan.
 
     messages, persona, groups ──snapshot──► attachments ──contribute──► parts + tensors
-                                     └────► recall ─────────────────► passages, prompt tokens
+                                     ├────► pinned memories ──────────┐
+                                     └────► recall ───────────────────┴► passages, prompt tokens
 
 The composer reads; it never writes. What may be combined is decided by `persona_sdk.plan.COMBINATIONS`
 when the plan is built, before any tensor is loaded into the engine.
@@ -9,6 +10,8 @@ when the plan is built, before any tensor is loaded into the engine.
 
 import hashlib
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -19,7 +22,8 @@ from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
 from persona_sdk.errors import PromptTooLongError
 from persona_sdk.library import SHARED, AdapterLibrary
-from persona_sdk.memory import MemoryStore, Passage
+from persona_sdk.memory import CubeHeader, MemoryStore, Passage
+from persona_sdk.memory.cube import utc_now
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import CompositionPlan, Contribution, PassageRef, Passages, PlanPart, SoftPrefix
 from persona_sdk.prompting import Message, Messages, drop_oldest, encode, parse_messages, with_passages
@@ -28,7 +32,16 @@ from persona_sdk.tensors import Digest, TensorBundle
 # (owners, query, k, revision by owner) -> passages
 Recall: TypeAlias = Callable[[tuple[str, ...], str, int, Mapping[str, int]], Sequence[Passage]]
 
+# What the header of a pinned memory says in its attributes. Such a text is in every prompt of its owner.
+PINNED = {"pinned": True}
+_OWNERS_IN_RAM = 1024
+
 _log = logging.getLogger("persona_sdk.compose")
+
+
+def is_pinned(header: CubeHeader) -> bool:
+    """Whether a memory is in every prompt of its owner."""
+    return header.attributes.get("pinned") is True
 
 
 class ChatOptions(GenerationOptions):
@@ -54,6 +67,7 @@ class ChatOptions(GenerationOptions):
 class Composition:
     """A plan, its tensors and prompt, and what they were made from.
 
+    ``passages`` are the pinned memories, which have no score of their own and get 1, and the recalled ones.
     ``skipped`` says what could not take part and why: attachments whose adapter is out of reach or not in
     this store, memories that did not fit the context.
     """
@@ -78,6 +92,7 @@ class Composer:
         self._store = store
         self._library = library
         self._recall_from = recall
+        self._pinned = PinnedMemories(store)
 
     def compose(self, persona: str | None, messages: Messages, options: ChatOptions) -> Composition:
         """Plan one request from one snapshot. ``persona=None`` is the base model with an empty plan.
@@ -94,12 +109,13 @@ class Composer:
             for group in self._store.groups(persona, revision=revisions[persona]):
                 revisions[group] = self._store.head(group)
         contribution, skipped = self._adapters(revisions, turns[-1].content)
-        passages = self._recall(revisions, turns, options)
+        pinned = self._pinned.of(revisions)
+        passages = self._recall(revisions, turns, options, pinned)
         prefix = sum(part.length for part in contribution.parts if isinstance(part, SoftPrefix))
-        fitted = self._fit(turns, passages, prefix, options)
-        parts = contribution.parts
-        if fitted.passages:
-            parts = (*parts, Passages(items=tuple(map(_reference, fitted.passages))))
+        fitted = self._fit(turns, pinned, passages, prefix, options)
+        parts, used = contribution.parts, (*pinned, *fitted.passages)
+        if used:
+            parts = (*parts, Passages(items=tuple(map(_reference, used))))
         plan = CompositionPlan(self._model.fingerprint, parts, options.generation())
         skipped += [f"memory {p.id[:8]}: does not fit" for p in passages[len(fitted.passages) :]]
         return Composition(
@@ -108,7 +124,7 @@ class Composer:
             tensors=contribution.tensors,
             persona=persona,
             revisions=revisions,
-            passages=fitted.passages,
+            passages=used,
             dropped_turns=fitted.dropped_turns,
             skipped=tuple(skipped),
         )
@@ -139,25 +155,36 @@ class Composer:
         return Contribution(tuple(parts), tensors), skipped
 
     def _recall(
-        self, revisions: Mapping[str, int], turns: Sequence[Message], options: ChatOptions
+        self,
+        revisions: Mapping[str, int],
+        turns: Sequence[Message],
+        options: ChatOptions,
+        pinned: Sequence[Passage],
     ) -> tuple[Passage, ...]:
+        """The memories nearest to what was said last, without the pinned ones."""
         if not revisions or options.recall_k == 0:
             return ()
-        found = self._recall_from(tuple(revisions), turns[-1].content, options.recall_k, revisions)
-        return tuple(passage for passage in found if passage.score >= options.recall_score)
+        wanted, known = options.recall_k + len(pinned), {passage.id for passage in pinned}
+        found = self._recall_from(tuple(revisions), turns[-1].content, wanted, revisions)
+        near = [p for p in found if p.id not in known and p.score >= options.recall_score]
+        return tuple(near[: options.recall_k])
 
     def _fit(
         self,
         turns: tuple[Message, ...],
+        pinned: tuple[Passage, ...],
         passages: tuple[Passage, ...],
         prefix: int,
         options: ChatOptions,
     ) -> "_Fitted":
         """The prompt that fits: without the least relevant memories first, then without the oldest turns."""
+        always = [passage.text for passage in pinned]
         room = self._model.context_length - options.max_new_tokens - prefix
         given = len(turns)
         while True:
-            prompt = encode(self._model.tokenizer, with_passages(turns, [p.text for p in passages]))
+            prompt = encode(
+                self._model.tokenizer, with_passages(turns, [*always, *(p.text for p in passages)])
+            )
             if len(prompt) <= room:
                 break
             shorter = drop_oldest(turns) if options.overflow == "drop_oldest_turns" else None
@@ -169,12 +196,57 @@ class Composer:
                 raise PromptTooLongError(
                     f"The prompt has {len(prompt)} tokens; {max(room, 0)} fit beside "
                     f"{options.max_new_tokens} new ones in a context of {self._model.context_length}.",
-                    hint='Shorten it, lower max_new_tokens, or pass overflow="drop_oldest_turns".',
+                    hint='Shorten it, lower max_new_tokens, or pass overflow="drop_oldest_turns".'
+                    + (f" {len(pinned)} pinned memories are always in it." if pinned else ""),
                 )
         dropped = given - len(turns)
         if dropped:
             _log.warning("dropped the %d oldest turns to fit %d tokens of context", dropped, room)
         return _Fitted(prompt, passages, dropped)
+
+
+class PinnedMemories:
+    """The pinned memories of owners at their revisions, oldest first; read once a revision, kept in RAM.
+
+    Those of groups come before the persona's own, which change more often: what members share stands at the
+    beginning of their prompts.
+    """
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self._kept: OrderedDict[str, tuple[object, tuple[Passage, ...]]] = OrderedDict()
+        self._lock = threading.Lock()
+        store.on_forget(self._drop)
+
+    def of(self, revisions: Mapping[str, int]) -> tuple[Passage, ...]:
+        """The pinned memories of all owners, in the order in which they stand in the prompt."""
+        now = utc_now()
+        owners = [*list(revisions)[1:], *list(revisions)[:1]]
+        found = [passage for owner in owners for passage in self._of_owner(owner, revisions[owner])]
+        return tuple(passage for passage in found if not passage.header.expired(now))
+
+    def _of_owner(self, owner: str, revision: int) -> tuple[Passage, ...]:
+        if revision == 0:
+            return ()
+        state = (revision, self._store.mark(owner))  # the mark changes when something is forgotten
+        with self._lock:
+            if owner in self._kept and self._kept[owner][0] == state:
+                self._kept.move_to_end(owner)
+                return self._kept[owner][1]
+        passages = tuple(
+            Passage(cube.id, cube.owner, cube.text, 1.0, cube.header.created_at, cube.header)
+            for cube in self._store.cubes(owner, revision=revision, kind="plaintext")
+            if cube.text is not None and is_pinned(cube.header)
+        )
+        with self._lock:
+            self._kept[owner] = (state, passages)
+            if len(self._kept) > _OWNERS_IN_RAM:
+                self._kept.popitem(last=False)
+        return passages
+
+    def _drop(self, owner: str) -> None:
+        with self._lock:
+            self._kept.pop(owner, None)
 
 
 @dataclass(frozen=True)

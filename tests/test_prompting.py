@@ -14,6 +14,7 @@ from persona_sdk.prompting import (
     drop_oldest,
     encode,
     parse_messages,
+    stable_tokens,
     with_passages,
 )
 
@@ -106,3 +107,32 @@ def test_markup_that_is_not_flagged_special_is_broken_up_too(tiny):
     marker = tokenizer.convert_tokens_to_ids("<|User|>")
     assert marker not in encode(tokenizer, parse_messages("a <|User|> b"))
     assert "  " not in control_tokens(tokenizer)
+
+
+lines = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip)
+
+
+@pytest.mark.parametrize("template", ["its own", "strict", None])
+@given(
+    system=st.just("") | lines,
+    pinned=st.lists(lines, max_size=3),
+    recalled=st.lists(lines, max_size=2),
+    said=lines,
+)
+def test_every_prompt_of_a_persona_begins_with_the_stable_tokens(
+    tiny, template, system, pinned, recalled, said
+):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = {"its own": tokenizer.chat_template, "strict": STRICT, None: None}[template]
+    own = [{"role": "system", "content": system}] if system.strip() else []
+    turns = parse_messages([*own, {"role": "user", "content": said}])
+    prompt = encode(tokenizer, with_passages(turns, [*pinned, *recalled]))
+    stable = stable_tokens(tokenizer, system if system.strip() else "", pinned)
+    assert prompt[: len(stable)] == stable
+
+
+def test_the_stable_tokens_reach_to_the_end_of_the_last_pinned_passage(tiny):
+    text = tiny.tokenizer.decode(stable_tokens(tiny.tokenizer, "Be brief.", ["likes tea", "has a dog"]))
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n")
+    assert text.endswith("- likes tea\n- has a dog")
+    assert "known about the user" not in tiny.tokenizer.decode(stable_tokens(tiny.tokenizer, "Be brief.", []))
