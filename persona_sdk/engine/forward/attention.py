@@ -15,7 +15,7 @@ where a padded batch would gather, mask and read the longest.
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,7 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
 
     half, zero, lowest = rotary_dim // 2, np.float32(0), np.float32(-np.inf)
 
+    @no_type_check  # numba compiles the bare function
     def step(
         qkv: Any,
         cos: Any,
