@@ -25,8 +25,9 @@ from persona_sdk.library import SHARED, AdapterLibrary
 from persona_sdk.memory import CubeHeader, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.models import LanguageModel
-from persona_sdk.plan import CompositionPlan, Contribution, PassageRef, Passages, PlanPart, SoftPrefix
+from persona_sdk.plan import CompositionPlan, PassageRef, Passages, PlanPart, SoftPrefix
 from persona_sdk.prompting import Message, Messages, drop_oldest, encode, parse_messages, with_passages
+from persona_sdk.steering import Contributor
 from persona_sdk.tensors import Digest, TensorBundle
 
 # (owners, query, k, revision by owner) -> passages
@@ -80,6 +81,7 @@ class Composition:
     passages: tuple[Passage, ...] = ()
     dropped_turns: int = 0
     skipped: tuple[str, ...] = ()
+    contributors: tuple[Contributor, ...] = field(default=(), repr=False)
 
 
 class Composer:
@@ -108,12 +110,14 @@ class Composer:
             revisions[persona] = self._store.head(persona)
             for group in self._store.groups(persona, revision=revisions[persona]):
                 revisions[group] = self._store.head(group)
-        contribution, skipped = self._adapters(revisions, turns[-1].content)
+        contributors, tensors, skipped = self._adapters(revisions, turns[-1].content)
+        adapted = tuple(part for contributor in contributors for part in contributor.parts)
         pinned = self._pinned.of(revisions)
         passages = self._recall(revisions, turns, options, pinned)
-        prefix = sum(part.length for part in contribution.parts if isinstance(part, SoftPrefix))
+        prefix = sum(part.length for part in adapted if isinstance(part, SoftPrefix))
         fitted = self._fit(turns, pinned, passages, prefix, options)
-        parts, used = contribution.parts, (*pinned, *fitted.passages)
+        parts: tuple[PlanPart, ...] = adapted
+        used = (*pinned, *fitted.passages)
         if used:
             parts = (*parts, Passages(items=tuple(map(_reference, used))))
         plan = CompositionPlan(self._model.fingerprint, parts, options.generation())
@@ -121,17 +125,20 @@ class Composer:
         return Composition(
             plan=plan,
             prompt=fitted.prompt,
-            tensors=contribution.tensors,
+            tensors=tensors,
             persona=persona,
             revisions=revisions,
             passages=used,
             dropped_turns=fitted.dropped_turns,
             skipped=tuple(skipped),
+            contributors=contributors,
         )
 
-    def _adapters(self, revisions: Mapping[str, int], text: str) -> tuple[Contribution, list[str]]:
-        """What all attachments contribute, and which were left out and why."""
-        parts: list[PlanPart] = []
+    def _adapters(
+        self, revisions: Mapping[str, int], text: str
+    ) -> tuple[tuple[Contributor, ...], dict[Digest, TensorBundle], list[str]]:
+        """What all attachments contribute, the tensors that takes, and which were left out and why."""
+        contributors: list[Contributor] = []
         tensors: dict[Digest, TensorBundle] = {}
         used: set[str] = set()
         skipped: list[str] = []
@@ -150,9 +157,18 @@ class Composer:
                 used.add(attachment.adapter.cube_id)
                 request = AdapterRequest(origin=loaded.label, weight=attachment.weight, text=text)
                 contribution = loaded.adapter.contribute(attachment.state, request)
-                parts += contribution.parts
+                contributors.append(
+                    Contributor(
+                        name=attachment.name,
+                        adapter=loaded.adapter,
+                        state=attachment.state,
+                        request=request,
+                        parts=contribution.parts,
+                        first=sum(len(earlier.patches) for earlier in contributors),
+                    )
+                )
                 tensors |= contribution.tensors
-        return Contribution(tuple(parts), tensors), skipped
+        return tuple(contributors), tensors, skipped
 
     def _recall(
         self,

@@ -12,6 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,9 +28,11 @@ from persona_sdk.engine.options import EngineOptions
 from persona_sdk.engine.request import Completion, Request, Step
 from persona_sdk.errors import DeviceMemoryError, EngineStoppedError, QueueFullError
 from persona_sdk.models import LanguageModel
+from persona_sdk.tensors import TensorBundle
 
 if TYPE_CHECKING:
-    from persona_sdk.engine.loop import Loop
+    from persona_sdk.engine.loop import Loop, SpillFactory
+    from persona_sdk.engine.row import Row
 
 logger = logging.getLogger("persona_sdk.engine")
 
@@ -41,15 +45,24 @@ class Engine:
     Args:
         model: the base model. `close` leaves it as it was found.
         options: rows, tokens per step and memory budgets.
+        spill: makes what is asked for prefixes that are not in memory (`prefix.cache.Spill`), given the shape
+            of this model's keys and values.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
         {"low_rank", "soft_prefix", "kv_prefix", "passages", "decoding_rule"}
     )
 
-    def __init__(self, model: LanguageModel, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        options: EngineOptions | None = None,
+        *,
+        spill: "SpillFactory | None" = None,
+    ) -> None:
         self.model = model
         self.options = options or EngineOptions()
+        self._spill = spill
         self._shapes = model.linear_shapes()
         self._loop: "Loop | None" = None
         self._stepping = threading.RLock()  # held for the length of a step: who holds it has the loop
@@ -113,28 +126,26 @@ class Engine:
             self._check(request)
         if not requests:
             return []
-        with self._stepping, torch.inference_mode():
-            loop = self._ready_loop()
-            rows = []
-            try:
-                for request in requests:
-                    row = loop.reserve(Generation(request, lambda: None))
-                    if row is None:
-                        raise DeviceMemoryError(
-                            f"There is room for {len(rows)} of {len(requests)} rows now.",
-                            hint="Ask for fewer at once, or raise the budgets in EngineOptions.",
-                        )
-                    rows.append(row)
-                lengths = [row.remaining for row in rows]
-                new = [row.chunk(length) for row, length in zip(rows, lengths, strict=True)]
-                out = loop.forward_pass([row.number for row in rows], new, every=True)
-            finally:
-                for row in rows:
-                    loop.free(row)
-        pieces = out.split(lengths)
+        with self._rows([replace(request, keep_prefix=False) for request in requests]) as (loop, rows):
+            lengths = [row.remaining for row in rows]
+            new = [row.chunk(length) for row, length in zip(rows, lengths, strict=True)]
+            out = loop.forward_pass([row.number for row in rows], new, every=True)
+        pieces = torch.split(out, lengths)
         return [
             piece[len(piece) - len(request.prompt) :] for piece, request in zip(pieces, requests, strict=True)
         ]
+
+    def keys_values(self, request: Request) -> TensorBundle:
+        """Keys and values of a request's soft prefix and prompt, as a `KVPrefix` or an activation cube holds
+        them. Computed in chunks beside what else runs; raises like `submit`, and what the row ends with.
+        """
+        options = request.plan.options.model_copy(update={"max_new_tokens": 1})
+        request = replace(request, plan=replace(request.plan, options=options), export=True)
+        completion = self.submit(request).result()
+        if completion.error is not None:
+            raise completion.error
+        assert completion.exported is not None
+        return completion.exported
 
     def check(self, request: Request, *, room: bool = True) -> None:
         """Raise unless this engine can execute the request, its adapters' shapes included.
@@ -158,6 +169,26 @@ class Engine:
         """Drop adapters from every tier; rows that use one keep it to their end."""
         if self._loop is not None:
             self._loop.tiers.drop(digests)
+
+    @contextmanager
+    def _rows(self, requests: Sequence[Request]) -> "Iterator[tuple[Loop, list[Row]]]":
+        """Rows of their own between two steps, freed at the end."""
+        with self._stepping, torch.inference_mode():
+            loop = self._ready_loop()
+            rows: list[Row] = []
+            try:
+                for request in requests:
+                    row = loop.reserve(Generation(request, lambda: None))
+                    if row is None:
+                        raise DeviceMemoryError(
+                            f"There is room for {len(rows)} of {len(requests)} rows now.",
+                            hint="Ask for fewer at once, or raise the budgets in EngineOptions.",
+                        )
+                    rows.append(row)
+                yield loop, rows
+            finally:
+                for row in rows:
+                    loop.free(row)
 
     # The worker ---------------------------------------------------------------------------------------
 
@@ -229,7 +260,8 @@ class Engine:
         if self._loop is None:
             from persona_sdk.engine.loop import Loop
 
-            self._loop = Loop(self.model, forward_of(self.model, fused=self.options.fused), self.options)
+            forward = forward_of(self.model, fused=self.options.fused)
+            self._loop = Loop(self.model, forward, self.options, self._spill)
         return self._loop
 
     def _steps(self, generations: Sequence[Generation]) -> Iterator[Step]:

@@ -25,11 +25,12 @@ from persona_sdk.engine.low_rank.arena import Slot
 from persona_sdk.engine.low_rank.rows import BoundPatch, PatchTable
 from persona_sdk.engine.low_rank.tiers import AdapterTiers
 from persona_sdk.engine.options import EngineOptions
-from persona_sdk.engine.prefix.cache import PrefixCache
+from persona_sdk.engine.prefix.bundles import KVShape
+from persona_sdk.engine.prefix.cache import PrefixCache, Spill
 from persona_sdk.engine.request import Completion, Request, Steer
 from persona_sdk.engine.row import Row, joined
 from persona_sdk.engine.sampling import RowSampler, choose
-from persona_sdk.engine.schedule import Fit, Prefilling, Queue, Waiting, chunks
+from persona_sdk.engine.schedule import Fit, Prefilling, Queue, ScheduleOptions, Waiting, chunks
 from persona_sdk.errors import EngineError, NumericalError, PersonaError
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import DecodingRule, KVPrefix
@@ -37,11 +38,15 @@ from persona_sdk.tensors import Digest, TensorBundle
 
 logger = logging.getLogger("persona_sdk.engine")
 
+SpillFactory = Callable[[KVShape], Spill]
+
 
 class Loop:
     """Queue, row table and what the rows hold. Every method is called by one thread at a time."""
 
-    def __init__(self, model: LanguageModel, forward: Forward, options: EngineOptions) -> None:
+    def __init__(
+        self, model: LanguageModel, forward: Forward, options: EngineOptions, spill: SpillFactory | None = None
+    ) -> None:
         self.model, self.forward, self.options = model, forward, options
         self.pool = TokenPool(
             forward.layers, device=model.device, dtype=forward.cache_dtype, budget_bytes=options.kv_bytes
@@ -50,10 +55,15 @@ class Loop:
         dtype = torch.float32 if model.device.type == "cpu" else model.dtype
         self.tiers = AdapterTiers(forward.sites, device=model.device, dtype=dtype, options=options.tiers())
         self.patches = PatchTable(calibrate=options.calibrate)
-        self.prefixes = PrefixCache(options.prefix_bytes)
+        shape = kv_shape(forward)
+        self.prefixes = PrefixCache(
+            options.prefix_bytes if shape else 0, shape=shape, spill=spill(shape) if spill and shape else None
+        )
         self.rows: dict[int, Row] = {}
         self._free_rows = list(range(options.max_rows))
-        self._queue = Queue(options.schedule())
+        self._queue = Queue(
+            ScheduleOptions(prefill_tokens=options.prefill_tokens, max_wait=options.max_wait)
+        )
         self._waiting: dict[int, Generation] = {}
         self._vocab = int(model.module.config.get_text_config().vocab_size)
         self._end_tokens = end_tokens(model)
@@ -150,6 +160,7 @@ class Loop:
         request = generation.request
         slots: list[Slot] = []
         table = None
+        mark = self.prefixes.mark()
         try:
             for patch in request.plan.low_rank:
                 slot = self.tiers.acquire(patch.factors, patch.rank, loader(request, patch.factors))
@@ -168,6 +179,7 @@ class Loop:
                 tuple(slots),
                 self._sampler(request),
                 joined(soft_vectors(request, self.model.d_model)),
+                mark,
             )
             self._start(row)
         except BaseException:
@@ -191,10 +203,13 @@ class Loop:
             self.pool.load(row.table[: part.length], request.tensors[part.cache])
             row.past = part.length
             return
-        if request.keep_prefix and (hit := self.prefixes.lookup(request.plan, request.prompt)):
-            self.pool.load(row.table[: hit.length], hit.bundle)
-            row.past = hit.length
-            row.cached = max(hit.length - given_entries(request), 0)
+        if not request.keep_prefix:
+            return
+        hit = self.prefixes.lookup(request.plan, request.prompt, request.scope)
+        if hit is not None:
+            with hit:
+                self.pool.load(row.table[: hit.length], hit.bundle)
+            row.past, row.cached = hit.length, hit.tokens
 
     def _sampler(self, request: Request) -> RowSampler:
         plan = request.plan
@@ -223,13 +238,15 @@ class Loop:
                 ready.append(index)
                 if not row.tokens:
                     self._keep(row)
+                if row.request.export:
+                    row.exported = self.pool.export(row.table[: entries(row.request)])
         if not ready:
             return
         if len(ready) < len(rows):
             logits = logits[ready]
         chosen = choose(logits, [rows[index].sampler for index in ready])
         # The one wait for the device in a step.
-        for index, token, bad in zip(ready, chosen.tokens.tolist(), chosen.bad.tolist(), strict=True):
+        for index, token, bad in zip(ready, chosen.ids, chosen.bad, strict=True):
             self._take(rows[index], token, bad)
 
     def forward_pass(
@@ -278,9 +295,13 @@ class Loop:
     def _keep(self, row: Row) -> None:
         """Keep the keys and values of a whole prompt, unless a steer changed them on the way."""
         request = row.request
-        if request.keep_prefix and not row.steers and self.prefixes.wants(row.past, row.cached):
+        count = self.prefixes.keepable(len(request.prompt))
+        if not request.keep_prefix or row.steers or count <= row.cached or request.plan.of(KVPrefix):
+            return
+        if self.options.prefix_bytes and kv_shape(self.forward):
+            bundle = self.pool.export(row.table[: given_entries(request) + count])
             self.prefixes.insert(
-                request.plan, request.prompt, self.pool.export(row.table[: row.past]), request.scope
+                request.plan, request.prompt[:count], bundle, request.scope, mark=row.mark
             )
 
     # Leaving ------------------------------------------------------------------------------------------
@@ -303,7 +324,9 @@ class Loop:
         self.free(row)
         if last is not None:
             row.generation.emit(last)
-        row.generation.finish(Completion(tuple(row.tokens), reason, row.cached, tuple(row.steers), error))
+        row.generation.finish(
+            Completion(tuple(row.tokens), reason, row.cached, tuple(row.steers), error, row.exported)
+        )
 
     def free(self, row: Row) -> None:
         """Give back a row's place, its slots and its keys and values."""
@@ -316,6 +339,14 @@ class Loop:
     def _release(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
             self.tiers.release(slot)
+
+
+def kv_shape(forward: Forward) -> KVShape | None:
+    """What a token keeps, where every layer keeps the same; None if kept prefixes cannot be one tensor."""
+    if len(set(forward.layers)) != 1:
+        return None
+    layer = forward.layers[0]
+    return KVShape(len(forward.layers), layer.kv_heads, layer.key_dim, layer.value_dim, forward.cache_dtype)
 
 
 def loader(request: Request, factors: Digest) -> Callable[[], TensorBundle]:

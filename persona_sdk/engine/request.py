@@ -22,6 +22,7 @@ class Request:
         scope: opaque label of whom the request is for. Admission is fair between scopes, and `forget`
             drops what was kept for one. It is no part of any key.
         keep_prefix: look the prompt up among the kept prefixes, and keep its keys and values.
+        export: hand out the prompt's keys and values with the completion.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +32,7 @@ class Request:
     should_stop: Callable[[Sequence[int]], bool] | None = None
     scope: tuple[str, ...] = ()
     keep_prefix: bool = True
+    export: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Completion:
     """All tokens of one row, the end token included, and why it ended.
 
     ``finish_reason`` is ``"stop"``, ``"length"``, ``"cancelled"`` or ``"error"`` (then `error` says which).
-    ``cached_tokens`` of the prompt were taken from kept keys and values.
+    ``cached_tokens`` of the prompt were taken from kept keys and values. ``exported`` holds those of the whole
+    prompt, soft prefix first, if the request asked: ``{"keys", "values"}``, ``[layers, entries, kv_heads, dim]``.
     """
 
     tokens: tuple[int, ...]
@@ -63,3 +66,4 @@ class Completion:
     cached_tokens: int = 0
     steers: tuple[Steer, ...] = ()
     error: PersonaError | None = None
+    exported: TensorBundle | None = field(default=None, repr=False)

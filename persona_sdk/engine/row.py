@@ -18,6 +18,7 @@ from persona_sdk.engine.generation import Generation
 from persona_sdk.engine.low_rank.arena import Slot
 from persona_sdk.engine.request import Request, Steer
 from persona_sdk.engine.sampling import RowSampler
+from persona_sdk.tensors import TensorBundle
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class Row:
         number: its place in the table.
         table: the pool's slots it holds, by position.
         slots: the adapter slots it holds, in the plan's order of patches.
+        mark: where forgetting stood when the row was admitted.
         past: entries whose keys and values are in the pool.
         cached: how many of the prompt's tokens came from a kept prefix.
     """
@@ -38,10 +40,12 @@ class Row:
     slots: tuple[Slot, ...]
     sampler: RowSampler
     vectors: Float[Tensor, "_ d_model"] | None
+    mark: int
     past: int = 0
     cached: int = 0
     tokens: list[int] = field(default_factory=list)
     steers: list[Steer] = field(default_factory=list)
+    exported: TensorBundle | None = None
 
     @property
     def request(self) -> Request:
