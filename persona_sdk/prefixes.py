@@ -96,7 +96,8 @@ class PrefixLibrary:
         store: where personas live.
         library: the adapters of that store.
         composer: makes the plans.
-        shape: what the engine's pool takes; cubes of another shape or precision are not read.
+        shape: tells what the engine's pool takes, None if its layers differ: then nothing is kept. Asked
+            when it is needed. Cubes of another precision are not read.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class PrefixLibrary:
         store: MemoryStore,
         library: AdapterLibrary,
         composer: Composer,
-        shape: KVShape,
+        shape: Callable[[], KVShape | None],
         *,
         block: int = BLOCK,
     ) -> None:
@@ -135,15 +136,19 @@ class PrefixLibrary:
             system: the system message the application puts in front, if any.
 
         Returns:
-            The activation cube, or None if less than one block of tokens is stable.
+            The activation cube, or None if less than one block of tokens is stable, or the model's layers
+            differ.
 
         Raises:
             PromptTooLongError: the pinned memories do not fit the context.
             RevisionConflictError: the persona kept changing meanwhile.
         """
+        shape = self._shape()
+        if shape is None:
+            return None
         computed: tuple[PrefixFacts, TensorBundle] | None = None
         for _ in range(_TRIES):
-            stable = self._stable(owner, system)
+            stable = self._stable(owner, system, shape)
             if stable is None:
                 continue  # something changed while it was put together
             if stable.facts.lead + stable.facts.length == 0:
@@ -176,12 +181,15 @@ class PrefixLibrary:
 
         Damaged or foreign ones are passed over: the prompt is computed instead.
         """
+        shape = self._shape()
+        if shape is None:
+            return None
         place = {value: index for index, value in enumerate(hashes)}
         found = [
             (place[kept.facts.chain], owner, kept)
             for owner in scopes
             for kept in self._live(owner)
-            if kept.facts.chain in place and self._usable(kept)
+            if kept.facts.chain in place and self._usable(kept, shape)
         ]
         for _, owner, kept in sorted(found, key=lambda item: item[0]):
             try:
@@ -197,7 +205,7 @@ class PrefixLibrary:
             _log.warning("prefix %s of %r is not what its header says", kept.cube_id[:8], owner)
         return None
 
-    def _stable(self, owner: str, system: str) -> _Stable | None:
+    def _stable(self, owner: str, system: str, shape: KVShape) -> _Stable | None:
         """The stable prefix now; None if the store changed under it."""
         revisions = {owner: self._store.head(owner)}
         for group in self._store.groups(owner, revision=revisions[owner]):
@@ -229,7 +237,7 @@ class PrefixLibrary:
             length=len(tokens),
             tokens_sha256=_tokens_sha256(tokens),
             system_sha256=hashlib.sha256(system.encode()).hexdigest(),
-            dtype=_name(self._shape.dtype),
+            dtype=_name(shape.dtype),
         )
         unique = {(source.owner, source.cube_id): source for source in sources}
         return _Stable(composition, tokens, tuple(unique.values()), facts)
@@ -252,11 +260,9 @@ class PrefixLibrary:
         kept = {name: bundle[name].detach().cpu() for name in (KEYS, VALUES)}
         return {**kept, TOKENS: torch.tensor(stable.tokens, dtype=torch.int64)}
 
-    def _usable(self, kept: Kept) -> bool:
+    def _usable(self, kept: Kept, shape: KVShape) -> bool:
         # An archive may claim anything, and numbers cannot be compared with tokens: those are not used.
-        return (
-            kept.trusted and kept.facts.block == self._block and kept.facts.dtype == _name(self._shape.dtype)
-        )
+        return kept.trusted and kept.facts.block == self._block and kept.facts.dtype == _name(shape.dtype)
 
     def _live(self, owner: str) -> tuple[Kept, ...]:
         """The prefix cubes of an owner at its newest revision."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from persona_sdk.engine.prefix.bundles import shape_of
 from persona_sdk.engine.prefix.cache import PrefixCache
-from persona_sdk.engine.prefix.keys import chain, composition_key, lead_length
+from persona_sdk.engine.prefix.keys import chain, composition_key, lead_length, root
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.plan import CompositionPlan, LowRankPatch, SoftPrefix
 
@@ -91,7 +91,7 @@ class TestLookup:
         put(cache, plan, PROMPT)
         assert cache.lookup(plan, PROMPT).length == 10
         assert cache.lookup(plan, (99,)).length == 2
-        assert cache.stats().entries == 1
+        assert cache.stats().bytes == 10 * TOKEN_BYTES
 
     def test_short_prompts_are_not_kept(self):
         cache = cache_of()
@@ -110,7 +110,8 @@ class TestLookup:
         assert cache.lookup(plan_of(patch()), PROMPT) is None
         put(cache, PLAIN, other)
         assert same(cache.lookup(PLAIN, other).bundle, kv(PLAIN, other[:4]))
-        assert same(cache.lookup(PLAIN, PROMPT).bundle, kv(PLAIN, PROMPT[:8]))
+        cache.forget("alice")
+        assert cache.stats().bytes == 0
 
     def test_a_bundle_of_another_size_is_refused(self):
         with pytest.raises(InvalidInputError):
@@ -155,25 +156,44 @@ class TestBudget:
         assert cache.lookup(PLAIN, PROMPT).tokens == 4
         assert not put(cache_of(tokens=0), PLAIN, PROMPT)
 
-    def test_an_extension_takes_the_place_of_what_it_extends(self):
+    def test_what_prompts_share_is_kept_once(self):
         cache = cache_of()
-        put(cache, PLAIN, PROMPT[:4], ["alice"])
-        put(cache, PLAIN, PROMPT, ["bob"])
-        put(cache, PLAIN, PROMPT[:8], ["carol"])  # covered already
-        stats = cache.stats()
-        assert (stats.entries, stats.bytes) == (1, 8 * TOKEN_BYTES)
-        assert cache.forget("carol") == 0
-        assert cache.forget("alice") == 1  # bob's may have been computed from hers
+        start = (1,) * 8
+        prompts = [(*start, n, n, n, n) for n in range(2, 7)]
+        for prompt in prompts:
+            put(cache, PLAIN, prompt)
+            put(cache, PLAIN, prompt[:9])  # covered already
+        assert cache.stats().bytes == (8 + 5 * 4) * TOKEN_BYTES
+        for prompt in prompts:
+            with cache.lookup(PLAIN, (*prompt, 0)) as hit:
+                assert len(hit.parts) == 1 + (prompt != prompts[0])
+                assert same(hit.bundle, kv(PLAIN, prompt))
 
-    def test_branches_stand_side_by_side_and_leave_alone(self):
+    def test_what_others_continue_leaves_last(self):
+        cache = cache_of(tokens=16)
+        start = (1,) * 8
+        for n in range(2, 9):
+            put(cache, PLAIN, (*start, n, n, n, n))
+        for n, expected in [(2, 12), (7, 8), (8, 12)]:  # the first holds the start and cannot go before it
+            assert cache.lookup(PLAIN, (*start, n, n, n, n, 0)).tokens == expected
+        put(cache, PLAIN, range(50, 66))
+        assert cache.lookup(PLAIN, (*start, 0)) is None
+
+    def test_only_what_is_new_has_to_be_given(self):
+        cache, plan = cache_of(), plan_of(soft())
+        whole = kv(plan, PROMPT[:8])
+        rest = {name: tensor[:, 6:] for name, tensor in whole.items()}
+        assert not cache.insert(plan, PROMPT[:8], rest, ["bob"], start=4)  # what is before it is not here
+        put(cache, plan, PROMPT[:4])
+        assert cache.insert(plan, PROMPT[:8], rest, ["bob"], start=4)
+        assert same(cache.lookup(plan, PROMPT).bundle, whole)
+        with pytest.raises(InvalidInputError):
+            cache.insert(plan, PROMPT[:8], whole, ["bob"], start=4)
+
+    def test_a_block_more_is_wanted(self):
         cache = cache_of()
-        one, two = (1, 1, 1, 1, 2, 2, 2, 2), (1, 1, 1, 1, 3, 3, 3, 3)
-        put(cache, PLAIN, one, ["alice"])
-        put(cache, PLAIN, two, ["bob"])
-        assert cache.stats().entries == 2
-        cache.forget("alice")
-        assert cache.lookup(PLAIN, (*one, 0)).tokens == 4
-        assert cache.lookup(PLAIN, (*two, 0)).tokens == 8
+        assert [cache.wants(n, 4) for n in (4, 7, 8, 9)] == [False, False, True, True]
+        assert not cache_of(tokens=0).wants(100, 0)
 
 
 class TestForget:
@@ -189,6 +209,18 @@ class TestForget:
         assert cache.lookup(plan_of(soft()), PROMPT).length == 10
         cache.clear()
         assert cache.stats().entries == cache.stats().bytes == 0
+
+    def test_what_continues_it_goes_too(self):
+        cache = cache_of()
+        put(cache, PLAIN, PROMPT[:4], ["alice"])
+        put(cache, PLAIN, PROMPT, ["bob"])
+        put(cache, PLAIN, (*PROMPT[:8], 1, 1, 1, 1), ["carol"])
+        put(cache, PLAIN, PROMPT[:8], ["dave"])  # covered already
+        assert cache.forget("dave") == 0
+        assert cache.forget("carol") == 1
+        assert cache.lookup(PLAIN, PROMPT).tokens == 8
+        assert cache.forget("alice") == 2
+        assert cache.lookup(PLAIN, PROMPT) is None
 
     def test_the_numbers_are_overwritten(self):
         cache, bundle = cache_of(), kv(PLAIN, PROMPT[:8])
@@ -208,7 +240,8 @@ class TestForget:
     def test_not_while_a_row_reads_them(self):
         cache, bundle = cache_of(), kv(PLAIN, PROMPT[:8])
         cache.insert(PLAIN, PROMPT[:8], bundle, ["alice"])
-        one, two = cache.lookup(PLAIN, PROMPT), cache.lookup(PLAIN, PROMPT)
+        put(cache, PLAIN, (*PROMPT[:8], 8, 9, 10, 11), ["bob"])
+        one, two = cache.lookup(PLAIN, PROMPT), cache.lookup(PLAIN, range(13))
         cache.forget("alice")
         assert cache.lookup(PLAIN, PROMPT) is None
         with one:
@@ -286,6 +319,25 @@ def test_one_change_of_the_composition_and_nothing_is_shared(what, tokens):
     assert cache.lookup(CHANGES[what](plan), tokens) is None
 
 
+@given(prompts, prompts, prompts, st.integers(0, 14))
+def test_a_hit_and_the_rest_make_the_whole(first, second, third, plan_length):
+    """As the engine uses it: look up, compute the rest, give only that back."""
+    cache, plan = cache_of(), plan_of(*[soft(length=1 + plan_length)] * (plan_length % 2))
+    lead = lead_length(plan)
+    for prompt in (first, second, third):
+        hit = cache.lookup(plan, prompt)
+        start = hit.tokens if hit else 0
+        whole = kv(plan, prompt)
+        if hit:
+            assert same(hit.bundle, kv(plan, prompt[:start]))
+        rest = {name: tensor[:, lead + start if start else 0 :] for name, tensor in whole.items()}
+        cache.insert(plan, prompt, rest, ["x"], start=start)
+        kept = cache.keepable(len(prompt))
+        assert (cache.lookup(plan, (*prompt, 9)) is not None) == (kept + lead > 0)
+        if kept:
+            assert same(cache.lookup(plan, (*prompt, 9)).bundle, kv(plan, prompt[:kept]))
+
+
 @given(st.lists(st.integers(0, 9), min_size=BLOCK + 1, max_size=20), st.data())
 def test_one_other_token_and_nothing_from_its_block_on_is_shared(tokens, data):
     cache = cache_of()
@@ -358,7 +410,26 @@ class TestSpill:
                 return tokens, bundle
 
         shape = shape_of(kv(PLAIN, PROMPT), 10)
-        assert cache_of(spill=Liar(), shape=shape).lookup(PLAIN, PROMPT) is None
+        assert cache_of(spill=Liar(), shape=shape).lookup(PLAIN, PROMPT, ["alice"]) is None
+        assert cache_of(spill=Liar(), shape=shape).stats().loaded == 0
+
+    def test_it_is_asked_for_somebody_only_and_may_be_asked_ahead(self):
+        disk = Disk("alice", (PLAIN, PROMPT[:8], kv(PLAIN, PROMPT[:8])))
+        cache = cache_of(spill=disk)
+        assert cache.lookup(PLAIN, PROMPT) is None
+        assert disk.asked == []
+        cache.prefetch(PLAIN, PROMPT, ["alice"])
+        assert cache.lookup(PLAIN, PROMPT).tokens == 8
+        assert (cache.stats().lookups, cache.stats().hits) == (2, 1)
+
+    def test_a_soft_prefix_comes_from_disk_too(self):
+        plan = plan_of(soft())
+
+        class Roots:
+            def load(self, hashes, scopes):
+                return ((), kv(plan, ())) if root(composition_key(plan), BLOCK) in hashes else None
+
+        assert same(cache_of(spill=Roots()).lookup(plan, PROMPT, ["alice"]).bundle, kv(plan, ()))
 
     def test_what_is_forgotten_while_it_is_read_is_not_kept(self):
         cache = cache_of()

@@ -9,10 +9,12 @@ Soft vectors come first along the token axis, at positions 0, 1, ...; the prompt
 have one shape; a model whose layers differ keeps no prefixes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from persona_sdk.engine.forward.pool import LayerShape
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.tensors import TensorBundle
 
@@ -28,6 +30,13 @@ class KVShape:
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerShape], dtype: torch.dtype) -> "KVShape | None":
+        """The shape of a pool; None if its layers differ."""
+        if len(set(layers)) != 1:
+            return None
+        return cls(len(layers), layers[0].kv_heads, layers[0].key_dim, layers[0].value_dim, dtype)
 
 
 def shape_of(bundle: TensorBundle, length: int) -> KVShape:
@@ -49,9 +58,16 @@ def shape_of(bundle: TensorBundle, length: int) -> KVShape:
     return KVShape(keys.shape[0], keys.shape[2], keys.shape[3], values.shape[3], keys.dtype)
 
 
-def first(bundle: TensorBundle, length: int) -> TensorBundle:
-    """Views of the first `length` tokens."""
-    return {name: bundle[name][:, :length] for name in (KEYS, VALUES)}
+def part(bundle: TensorBundle, start: int, stop: int) -> TensorBundle:
+    """Views of the positions from `start` to before `stop`."""
+    return {name: bundle[name][:, start:stop] for name in (KEYS, VALUES)}
+
+
+def joined(parts: Sequence[TensorBundle]) -> TensorBundle:
+    """Parts that stand one after another as one bundle; copied only if there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([bundle[name] for bundle in parts], dim=1) for name in (KEYS, VALUES)}
 
 
 def in_host(bundle: TensorBundle) -> TensorBundle:

@@ -3,23 +3,27 @@
     lookup(plan, tokens) ── hashes of the block boundaries, longest first ──► entry ── compare tokens ──► Hit
                          └─ none, or a longer one may be on disk ──► spill.load(hashes) ── compare ──► Hit
 
-An entry holds whole blocks of one prompt and is found at each of their boundaries, so prompts that part
-ways share what is before. An entry that begins with all of another one takes its place. The least recently
-used entries leave when the budget is full.
+    entries of one composition form a tree:    system + pinned memories ─┬─ first question
+                                                                         └─ second question
+
+An entry holds whole blocks: those that no other entry held when it came. The rest it shares with its parent,
+so what many prompts begin with is kept once. Using an entry uses its parents too; the least recently used
+entries, which are thus leaves, leave when the budget is full.
 
 Two requests share an entry only if base, patches, gates, soft prefix and tokens are all equal. The labels
-they were made for (`scopes`) are no part of that; they say what `forget` takes away. Forgetting overwrites
-the numbers, as soon as no row reads them any more.
+they were made for (`scopes`) are no part of that; they say what `forget` takes away, together with all that
+continues it. Forgetting overwrites the numbers, as soon as no row reads them any more.
 """
 
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
-from persona_sdk.engine.prefix.bundles import KVShape, erase, first, in_host, shape_of
+from persona_sdk.engine.prefix.bundles import KVShape, erase, in_host, joined, part, shape_of
 from persona_sdk.engine.prefix.keys import BLOCK, chain, composition_key, lead_length, root
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.plan import CompositionPlan
@@ -59,28 +63,55 @@ class PrefixStats:
 
 @dataclass(eq=False)
 class _Entry:
+    """Positions `offset` and later of a prompt; the ones before are its parent's."""
+
     key: Digest
     tokens: tuple[int, ...]
     lead: int
+    offset: int
     bundle: TensorBundle
     scopes: frozenset[str]
-    hashes: tuple[Digest, ...]  # of all boundaries, the root first
-    bytes: int
+    hashes: tuple[Digest, ...]  # of its own boundaries
+    parent: "_Entry | None"
+    children: set["_Entry"] = field(default_factory=set)
     readers: int = 0
     forgotten: bool = False
+
+    @cached_property
+    def bytes(self) -> int:
+        return size_bytes(self.bundle)
+
+    def line(self) -> Iterator["_Entry"]:
+        """The entry, its parent, and so on."""
+        entry: _Entry | None = self
+        while entry is not None:
+            yield entry
+            entry = entry.parent
+
+    def descendants(self) -> Iterator["_Entry"]:
+        """The entry and all that continues it."""
+        yield self
+        for child in self.children:
+            yield from child.descendants()
 
 
 @dataclass(eq=False, kw_only=True)
 class Hit:
     """A kept beginning of a prompt. Use it as a context manager: its numbers stay until the block ends.
 
-    ``bundle`` holds ``length`` positions, the soft prefix and then the prompt's first ``tokens`` tokens.
+    ``parts``, one after another, hold ``length`` positions: the soft prefix and then the prompt's first
+    ``tokens`` tokens. ``bundle`` is all of them in one, copied if there are several.
     """
 
     tokens: int
     length: int
-    bundle: TensorBundle
+    parts: tuple[TensorBundle, ...]
     release: Callable[[], Any] = field(default=lambda: None, repr=False)
+
+    @cached_property
+    def bundle(self) -> TensorBundle:
+        """Keys and values of all positions."""
+        return joined(self.parts)
 
     def __enter__(self) -> Self:
         return self
@@ -115,43 +146,40 @@ class PrefixCache:
         self.spill = spill
         self._shape = shape
         self._budget = budget_bytes
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        self._at: dict[Digest, dict[int, None]] = {}  # boundary -> ids of the entries that have it
-        self._counts = dict.fromkeys(
-            ("lookups", "hits", "loaded", "reused_tokens", "evicted", "forgotten"), 0
-        )
+        self._entries: OrderedDict[_Entry, None] = OrderedDict()  # least recently used first
+        self._at: dict[Digest, _Entry] = {}  # by boundary
+        self._counts = dict.fromkeys(_COUNTED, 0)
         self._bytes = 0
-        self._next_id = 0
         self._lock = threading.RLock()  # a hit may be collected, and so released, inside any method
 
     def keepable(self, tokens: int) -> int:
-        """How many of a prompt's first tokens an entry can hold: whole blocks."""
+        """How many of a prompt's first tokens can be kept: whole blocks."""
         return tokens // self.block * self.block
+
+    def wants(self, tokens: int, cached: int) -> bool:
+        """Whether a prompt of that length, of which `cached` tokens came from here, holds a block to keep."""
+        return self._budget > 0 and self.keepable(tokens) > cached
 
     def lookup(
         self, plan: CompositionPlan, tokens: Sequence[int], scopes: Collection[str] = ()
     ) -> Hit | None:
-        """The longest kept beginning of a prompt that leaves at least one token to compute."""
-        key, lead, prompt = composition_key(plan), lead_length(plan), tuple(tokens)
-        hashes = [root(key, self.block), *chain(key, prompt[:-1], self.block)]
-        if not lead:
-            hashes[:1] = [""]  # nothing stands at the root; no entry is filed under this
+        """The longest kept beginning of a prompt that leaves at least one token to compute.
+
+        Without `scopes`, the spill is not asked: it gives only what belongs to one of them.
+        """
+        hit = self._search(plan, tuple(tokens), tuple(scopes))
         with self._lock:
-            mark = self._counts["forgotten"]
             self._counts["lookups"] += 1
-            hit = self._find(key, prompt, lead, hashes)
-        shortest = int(not lead) if hit is None else hit.tokens // self.block + 1
-        if self.spill is not None and shortest < len(hashes):
-            loaded = self._load(plan, prompt, lead, hashes[shortest:], scopes, mark)
-            if loaded is not None:
-                if hit is not None:
-                    hit.release()
-                hit = loaded
-        if hit is not None:
-            with self._lock:
+            if hit is not None:
                 self._counts["hits"] += 1
                 self._counts["reused_tokens"] += hit.tokens
         return hit
+
+    def prefetch(self, plan: CompositionPlan, tokens: Sequence[int], scopes: Collection[str]) -> None:
+        """Bring what the spill knows of a prompt into RAM, for a `lookup` that must not wait for a disk."""
+        hit = self._search(plan, tuple(tokens), tuple(scopes))
+        if hit is not None:
+            hit.release()
 
     def mark(self) -> int:
         """Where forgetting stands now; see `insert`."""
@@ -165,6 +193,7 @@ class PrefixCache:
         bundle: TensorBundle,
         scopes: Iterable[str] = (),
         *,
+        start: int = 0,
         mark: int | None = None,
     ) -> bool:
         """Keep the keys and values of a plan's soft prefix and of `tokens`; whether they are kept now.
@@ -176,42 +205,52 @@ class PrefixCache:
             tokens: the tokens of the prompt, without the soft prefix.
             bundle: ``{"keys", "values"}``, soft prefix first.
             scopes: labels of whom they were computed for.
-            mark: of `mark` when the request was admitted. If something was forgotten since, they are not
-                kept: they may stem from it.
+            start: with a number above 0, the bundle begins at this token, and what is before it, soft prefix
+                included, is that of a hit. If that is not kept any more, neither is this.
+            mark: of `mark` before the prompt was made. If something was forgotten since, nothing is kept: it
+                may stem from that.
 
         Raises:
             InvalidInputError: the bundle does not hold that many tokens.
         """
         lead, given = lead_length(plan), tuple(tokens)
-        shape = shape_of(bundle, lead + len(given))
+        begins = lead + start if start else 0
+        shape = shape_of(bundle, lead + len(given) - begins)
         kept = given[: self.keepable(len(given))]
         if lead + len(kept) == 0 or (self._shape is not None and shape != self._shape):
             return False
-        key = composition_key(plan)
-        bundle = in_host(first(bundle, lead + len(kept)))
-        hashes = (*([root(key, self.block)] if lead else []), *chain(key, kept, self.block))
-        entry = _Entry(key, kept, lead, bundle, frozenset(scopes), hashes, size_bytes(bundle))
+        key, hashes = composition_key(plan), self._hashes(plan, kept)
         with self._lock:
             if mark is not None and mark != self._counts["forgotten"]:
-                erase(bundle)
                 return False
-            return entry.bytes <= self._budget and self._file(entry)
+            parent, shared = self._find(key, kept, lead, hashes) or (None, 0)
+            if parent is not None:
+                self._touch(parent)
+                if shared == len(kept):
+                    return True
+            if start and (parent is None or shared < start):
+                return False
+            offset = lead + shared if parent is not None else 0
+            own = in_host(part(bundle, offset - begins, lead + len(kept) - begins))
+            news = hashes[0 if parent is None and lead else shared // self.block + 1 :]
+            return self._file(_Entry(key, kept, lead, offset, own, frozenset(scopes), tuple(news), parent))
 
     def forget(self, scope: str) -> int:
-        """Drop and overwrite every entry that was made for `scope`; how many there were."""
+        """Drop and overwrite what was made for `scope` and all that continues it; how many entries."""
         with self._lock:
             self._counts["forgotten"] += 1  # also when nothing was kept: a row may be under way
-            gone = [name for name, entry in self._entries.items() if scope in entry.scopes]
-            for name in gone:
-                self._erase(name)
+            made = [entry for entry in self._entries if scope in entry.scopes]
+            gone = {entry for one in made for entry in one.descendants()}
+            for entry in gone:
+                self._erase(entry)
             return len(gone)
 
     def clear(self) -> None:
         """Drop and overwrite every entry."""
         with self._lock:
             self._counts["forgotten"] += 1
-            for name in list(self._entries):
-                self._erase(name)
+            for entry in list(self._entries):
+                self._erase(entry)
 
     def stats(self) -> PrefixStats:
         """How full the cache is and what it did."""
@@ -220,48 +259,41 @@ class PrefixCache:
                 entries=len(self._entries), bytes=self._bytes, budget_bytes=self._budget, **self._counts
             )
 
-    def _find(self, key: Digest, prompt: tuple[int, ...], lead: int, hashes: Sequence[Digest]) -> Hit | None:
-        for place in range(len(hashes) - 1, -1, -1):
-            length = place * self.block
-            for name in self._at.get(hashes[place], ()):
-                entry = self._entries[name]
-                if entry.key == key and entry.lead == lead and entry.tokens[:length] == prompt[:length]:
-                    self._entries.move_to_end(name)
-                    return self._lend(entry, length)
-        return None
+    def _hashes(self, plan: CompositionPlan, tokens: Sequence[int]) -> list[Digest]:
+        """Of the root, at which only a soft prefix stands, and of every boundary."""
+        key = composition_key(plan)
+        return [root(key, self.block), *chain(key, tokens, self.block)]
 
-    def _lend(self, entry: _Entry, tokens: int) -> Hit:
-        length = entry.lead + tokens
-        hit = Hit(tokens=tokens, length=length, bundle=first(entry.bundle, length))
-        entry.readers += 1
-        release = weakref.finalize(hit, self._returned, entry)  # also for a hit that nobody gives back
-        release.atexit = False
-        hit.release = release
-        return hit
-
-    def _returned(self, entry: _Entry) -> None:
+    def _search(self, plan: CompositionPlan, prompt: tuple[int, ...], scopes: tuple[str, ...]) -> Hit | None:
+        key, lead, hashes = composition_key(plan), lead_length(plan), self._hashes(plan, prompt[:-1])
         with self._lock:
-            entry.readers -= 1
-            if entry.forgotten and entry.readers == 0:
-                erase(entry.bundle)
+            mark = self._counts["forgotten"]
+            hit = self._lend(self._find(key, prompt, lead, hashes))
+        shortest = int(not lead) if hit is None else hit.tokens // self.block + 1
+        if self.spill is None or not scopes or shortest >= len(hashes):
+            return hit
+        found = self.spill.load(list(reversed(hashes[shortest:])), scopes)
+        loaded = None if found is None else self._take(plan, prompt, found, scopes, mark)
+        if loaded is None:
+            return hit
+        if hit is not None:
+            hit.release()
+        return loaded
 
-    def _load(
+    def _take(
         self,
         plan: CompositionPlan,
         prompt: tuple[int, ...],
-        lead: int,
-        hashes: Sequence[Digest],
-        scopes: Collection[str],
+        found: Spilled,
+        scopes: tuple[str, ...],
         mark: int,
     ) -> Hit | None:
-        """Ask the spill, without the lock, for a longer prefix, and keep it if there is room."""
-        found = None if self.spill is None else self.spill.load(list(reversed(hashes)), tuple(scopes))
-        if found is None:
-            return None
-        tokens, bundle = found
+        """Check what the spill gave, and keep it if there is room."""
+        tokens, bundle = tuple(found[0]), found[1]
         whole = self.keepable(len(tokens)) == len(tokens)
-        if not whole or len(tokens) >= len(prompt) or tuple(tokens) != prompt[: len(tokens)]:
+        if not whole or len(tokens) >= len(prompt) or tokens != prompt[: len(tokens)]:
             return None
+        lead = lead_length(plan)
         length = lead + len(tokens)
         try:
             shape = shape_of(bundle, length)
@@ -270,53 +302,86 @@ class PrefixCache:
         if self._shape is not None and shape != self._shape:
             return None
         with self._lock:
-            self._counts["loaded"] += 1
-            self.insert(plan, tokens, bundle, scopes, mark=mark)
             if mark != self._counts["forgotten"]:
                 return None  # what was read may have been forgotten while it was
-            hit = self._find(composition_key(plan), prompt, lead, self._hashes(plan, tokens))
-        if hit is not None and hit.tokens == len(tokens):
-            return hit
-        # An entry beyond the budget is not kept, but it can serve this one request.
-        return Hit(tokens=len(tokens), length=length, bundle=first(bundle, length))
+            self._counts["loaded"] += 1
+            if self.insert(plan, tokens, bundle, scopes):
+                return self._lend(self._find(composition_key(plan), tokens, lead, self._hashes(plan, tokens)))
+        # Beyond the budget it is not kept, but it can serve this one request.
+        return Hit(tokens=len(tokens), length=length, parts=(part(bundle, 0, length),))
 
-    def _hashes(self, plan: CompositionPlan, tokens: Sequence[int]) -> list[Digest]:
-        key = composition_key(plan)
-        return [root(key, self.block), *chain(key, tokens, self.block)]
+    def _find(
+        self, key: Digest, prompt: tuple[int, ...], lead: int, hashes: Sequence[Digest]
+    ) -> tuple[_Entry, int] | None:
+        """The entry with the last of these boundaries that is kept, and the tokens up to it."""
+        for place in range(len(hashes) - 1, -1 if lead else 0, -1):
+            length = place * self.block
+            entry = self._at.get(hashes[place])
+            if (
+                entry is not None
+                and (entry.key, entry.lead) == (key, lead)
+                and entry.tokens[:length] == prompt[:length]
+            ):
+                return entry, length
+        return None
+
+    def _lend(self, found: tuple[_Entry, int] | None) -> Hit | None:
+        if found is None:
+            return None
+        entry, tokens = found
+        self._touch(entry)
+        length = stop = entry.lead + tokens
+        used, parts = [], []
+        for one in entry.line():
+            if one.offset < stop:
+                used.append(one)
+                parts.append(part(one.bundle, 0, stop - one.offset))
+                stop = one.offset
+                one.readers += 1
+        hit = Hit(tokens=tokens, length=length, parts=tuple(reversed(parts)))
+        release = weakref.finalize(hit, self._returned, used)  # also for a hit that nobody gives back
+        release.atexit = False
+        hit.release = release
+        return hit
+
+    def _returned(self, used: Sequence[_Entry]) -> None:
+        with self._lock:
+            for entry in used:
+                entry.readers -= 1
+                if entry.forgotten and entry.readers == 0:
+                    erase(entry.bundle)
+
+    def _touch(self, entry: _Entry) -> None:
+        for one in entry.line():  # parents last: they are never older than what continues them
+            self._entries.move_to_end(one)
 
     def _file(self, entry: _Entry) -> bool:
-        """Put an entry in its place among the others; False if one of them holds all of it."""
-        for name in list(self._at.get(entry.hashes[-1], ())):
-            other = self._entries[name]
-            if other.key == entry.key and other.tokens[: len(entry.tokens)] == entry.tokens:
-                self._entries.move_to_end(name)
-                return True
-        for name in {name for mark in entry.hashes for name in self._at.get(mark, ())}:
-            other = self._entries[name]
-            if other.key == entry.key and entry.tokens[: len(other.tokens)] == other.tokens:
-                entry.scopes |= other.scopes  # it may have been computed from the other one
-                self._drop(name)
-        name, self._next_id = self._next_id, self._next_id + 1
-        self._entries[name] = entry
+        """Put an entry into its tree; False if it is too large with all that is before it."""
+        if sum(one.bytes for one in entry.line()) > self._budget:
+            return False
+        self._entries[entry] = None
         self._bytes += entry.bytes
-        for mark in entry.hashes:
-            self._at.setdefault(mark, {})[name] = None
+        if entry.parent is not None:
+            entry.parent.children.add(entry)
+        for boundary in entry.hashes:
+            self._at[boundary] = entry
+        self._touch(entry)
         while self._bytes > self._budget:
             self._drop(next(iter(self._entries)))
             self._counts["evicted"] += 1
         return True
 
-    def _drop(self, name: int) -> _Entry:
-        entry = self._entries.pop(name)
+    def _drop(self, entry: _Entry) -> None:
+        del self._entries[entry]
         self._bytes -= entry.bytes
-        for mark in entry.hashes:
-            self._at[mark].pop(name)
-            if not self._at[mark]:
-                del self._at[mark]
-        return entry
+        if entry.parent is not None:
+            entry.parent.children.discard(entry)
+        for boundary in entry.hashes:
+            if self._at.get(boundary) is entry:
+                del self._at[boundary]
 
-    def _erase(self, name: int) -> None:
-        entry = self._drop(name)
+    def _erase(self, entry: _Entry) -> None:
+        self._drop(entry)
         entry.forgotten = True
         if entry.readers == 0:
             erase(entry.bundle)
