@@ -34,6 +34,7 @@ from persona_sdk.plan import DecodingRule
 _BLOCK = 64  # uniforms are drawn in blocks of one size, so that a longer run starts like a shorter one
 _WIDTH = 64  # ids per peak
 _CANDIDATES = 128
+_TIES = 16  # candidates beyond top-k: room for ids that tie with the last one kept
 _BUCKETS, _BUCKETS_PER_NAT = 2048, 64
 _FLOAT = torch.finfo(torch.float32)
 
@@ -276,8 +277,10 @@ def _sample_on_cpu(
             for row in rows
         ]
         index = torch.tensor(rows)
+        ranks = [samplers[row].top_k for row in rows]
+        count = max(ranks) + _TIES if all(ranks) else _CANDIDATES
         tokens, enough = _sample_candidates(
-            *_candidates(logits, peaks, index),
+            *_candidates(logits, peaks, index, count),
             top[index, None],
             torch.tensor(totals, dtype=torch.float64)[:, None],
             Laws.of([samplers[row] for row in rows], logits.device),
@@ -301,17 +304,19 @@ def _weigh(
 
 
 def _candidates(
-    logits: Float[Tensor, "all vocab"], peaks: Float[Tensor, "all blocks"], rows: Int[Tensor, " rows"]
+    logits: Float[Tensor, "all vocab"],
+    peaks: Float[Tensor, "all blocks"],
+    rows: Int[Tensor, " rows"],
+    count: int,
 ) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
-    """The largest logits of some rows, falling, and their ids."""
-    vocab = logits.shape[1]
+    """The `count` largest logits of some rows, falling, and their ids; all of them where there are fewer."""
     blocks, whole = _blocks(logits)
-    best = peaks[rows, : blocks.shape[1]].topk(min(_CANDIDATES, blocks.shape[1]), sorted=False).indices
+    best = peaks[rows, : blocks.shape[1]].topk(min(count, blocks.shape[1]), sorted=False).indices
     pool = torch.cat([blocks[rows[:, None], best].flatten(1), logits[rows, whole:]], dim=1)
-    ids = (best[:, :, None] * _WIDTH + torch.arange(_WIDTH)).flatten(1)
-    ids = torch.cat([ids, torch.arange(whole, vocab).expand(len(rows), -1)], dim=1)
-    values, places = pool.topk(min(_CANDIDATES, pool.shape[1]))
-    return values, ids.gather(1, places)
+    values, places = pool.topk(min(count, pool.shape[1]))
+    # The pool is made of the best blocks and, as one more, of what is left over behind all blocks.
+    starts = torch.cat([best * _WIDTH, torch.full((len(rows), 1), whole)], dim=1)
+    return values, starts.gather(1, places // _WIDTH) + places % _WIDTH
 
 
 def _sample_candidates(

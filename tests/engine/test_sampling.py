@@ -107,7 +107,7 @@ def tables(draw) -> tuple[int, list[Row]]:
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
     ties=st.booleans(),
 )
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_tokens_are_those_of_the_formula_over_the_whole_vocabulary(table, seed, scale, dtype, ties):
     vocab, rows = table
     samplers = [row.sampler(vocab) for row in rows]
