@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 from persona_sdk.adapters import Adapter, AdapterRequest
 from persona_sdk.adapters.base import State
+from persona_sdk.compose import is_pinned
 from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import SHARED, AdapterLibrary, Attachment, Loaded
 from persona_sdk.memory import MemoryStore
+from persona_sdk.memory.cube import utc_now
 from persona_sdk.plan import CompositionPlan, Contribution, PlanPart
 from persona_sdk.tensors import Digest, TensorBundle
 
@@ -61,13 +63,16 @@ class AdapterComposition:
         plan: the parts.
         tensors: the bundles they name.
         sources: digests of the stored adapters they come from.
-        skipped: attachments that could not take part, and why; `Persona.chat` skips them too.
+        skipped: attachments that could not take part, and why, which `Persona.chat` skips too; and how many
+            memories depend on the message.
+        pinned: the texts that stand in every prompt of hers, as ``"pinned memory <id>"``.
     """
 
     plan: CompositionPlan
     tensors: Mapping[Digest, TensorBundle] = field(default_factory=dict)
     sources: tuple[Digest, ...] = ()
     skipped: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
 
 
 def compose_adapters(
@@ -108,11 +113,15 @@ def compose_adapters(
             else:
                 composed.add(attachment, loaded)
     composed.require_all_used(persona)
+    pinned, recalled = _memories(store, revisions)
+    if recalled:
+        composed.skipped.append(f"{recalled} memories: they depend on the message")
     return AdapterComposition(
         plan=CompositionPlan(fingerprint, tuple(composed.parts)),
         tensors=composed.tensors,
         sources=tuple(sorted(set(composed.sources.values()))),
         skipped=tuple(composed.skipped),
+        pinned=pinned,
     )
 
 
@@ -185,3 +194,16 @@ def _revisions(store: MemoryStore, persona: str, groups: Sequence[str] | None) -
             )
     wanted = joined if groups is None else [group for group in joined if group in groups]
     return revisions | {group: store.head(group) for group in wanted}
+
+
+def _memories(store: MemoryStore, revisions: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
+    """The pinned memories of all owners by name, and how many others recall may find."""
+    now = utc_now()
+    headers = {
+        f"pinned memory {owner}/{cube.id}": cube.header
+        for owner, revision in revisions.items()
+        for cube in store.cubes(owner, revision=revision, kind="plaintext")
+        if not cube.header.expired(now)
+    }
+    pinned = tuple(name for name, header in headers.items() if is_pinned(header))
+    return pinned, len(headers) - len(pinned)

@@ -10,9 +10,9 @@
 Here, and only here, the gate is folded into B: our engine keeps it apart so that members share their
 group's factors. So there is a folder per preference vector, and a new one whenever an adapter changes.
 
-A folder holds adapters only. Parts that are no low-rank patch are an error that names them, or with
-``partial=True`` are listed in `Materialized.left_out`. Memories enter a prompt per message and belong to no
-composition of adapters: whoever serves the folder writes them into the prompt.
+A folder holds adapters only. Parts that are no low-rank patch, and memories pinned into every prompt,
+are an error that names them, or with ``partial=True`` are listed in `Materialized.left_out`. Other memories
+depend on the message; `Materialized.skipped` counts them. Whoever serves the folder writes the prompt.
 
 The same composition gives the same bytes. `Materialized.version` hashes what the bytes depend on, so it is
 known before a tensor is multiplied, and two replicas agree on it without talking.
@@ -54,7 +54,7 @@ class Materialized:
         version: SHA-256 (hex) of everything its bytes depend on.
         rank: of every module in it.
         origins: the adapters in it, in order.
-        left_out: parts that a PEFT folder cannot hold.
+        left_out: parts that a PEFT folder cannot hold, and pinned memories.
         skipped: see `AdapterComposition`.
     """
 
@@ -168,7 +168,7 @@ def write(
         CompositionError: nothing to write, or a part that a PEFT folder cannot hold.
         IncompatibleAdapterError: a patch does not fit the base model.
     """
-    plan, absent = composition.plan, _checked(composition.plan, partial)
+    plan, absent = composition.plan, _checked(composition, partial)
     bundle = low_rank_sum(plan, composition.tensors)
     if rank is not None:
         bundle = lowrank.pad_rank(bundle, rank)
@@ -203,7 +203,7 @@ def write_once(
     Folders appear whole, under one rename, and are never changed: readers and writers of other threads and
     processes need no lock.
     """
-    absent, name = _checked(composition.plan, partial), base.name if base_name is None else base_name
+    absent, name = _checked(composition, partial), base.name if base_name is None else base_name
     target = cache / version_of(composition, base_name=name)
     if not target.is_dir():
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -248,15 +248,15 @@ def _described(
     )
 
 
-def _checked(plan: CompositionPlan, partial: bool) -> tuple[str, ...]:
+def _checked(composition: AdapterComposition, partial: bool) -> tuple[str, ...]:
     """What stays out of a folder; an error unless that was agreed to, or if nothing would be left."""
-    absent = left_out(plan)
+    absent = (*left_out(composition.plan), *composition.pinned)
     if absent and not partial:
         raise CompositionError(
             f"A PEFT folder cannot hold {', '.join(absent)}.",
             hint="Detach them, or pass partial=True and serve them by other means.",
         )
-    if not plan.low_rank:
+    if not composition.plan.low_rank:
         raise CompositionError(
             "There is no low-rank adapter to write.", hint="Attach one, or serve the base model itself."
         )

@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -65,7 +65,7 @@ class PersonaResolver:
         self._lock = threading.Lock()
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self | None:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "PersonaResolver | None":
         """The resolver that the environment describes; None where it names no store."""
         store = environment.get("PERSONA_STORE")
         if not store:

@@ -19,6 +19,7 @@ from persona_sdk import CompositionPlan, LoRA, PersonaModel, materialize, regist
 from persona_sdk.adapter_composition import AdapterComposition, Adjustment, compose_adapters
 from persona_sdk.adapters import Adapter, peft_format
 from persona_sdk.adapters.lora import LoRAConfig
+from persona_sdk.compose import PINNED
 from persona_sdk.engine import Engine, Request
 from persona_sdk.errors import (
     AdapterError,
@@ -26,10 +27,10 @@ from persona_sdk.errors import (
     IncompatibleAdapterError,
     InvalidInputError,
     NotFoundError,
-    PersonaError,
 )
 from persona_sdk.materialize import low_rank_sum, sources_of, write, write_once
 from persona_sdk.materialize import materialize as write_persona
+from persona_sdk.memory import CubeDraft, CubeHeader
 from persona_sdk.plan import Contribution, DecodingRule, LowRankPatch, PassageRef, Passages, SoftPrefix
 from persona_sdk.tensors import PREFIX, digest, freeze, low_rank_bundle, low_rank_pairs
 from persona_sdk.testing import HashEmbedder, tiny_language_model
@@ -276,6 +277,18 @@ class TestWhatCannotBeWritten:
         assert made.left_out == ("soft_prefix nurses/tilt@3",)
         assert [origin.partition("@")[0] for origin in made.origins] == ["nurses/tone", "nurses/tilt"]
 
+    def test_memories_are_named_or_counted(self, people, tmp_path):
+        alice, nurses = people.persona("alice"), people.group("nurses")
+        alice.remember_all(["Likes tea.", "Has two dogs."])
+        made = write_persona(people, "alice", tmp_path / "alice")
+        assert (made.left_out, made.skipped) == ((), ("2 memories: they depend on the message",))
+        header = CubeHeader(attributes=dict(PINNED))
+        added = people.store.commit(nurses.id, kind="group", add=[CubeDraft(text="Be calm.", header=header)])
+        name = f"pinned memory nurses/{added.added[0]}"
+        with pytest.raises(CompositionError, match=name):
+            write_persona(people, "bob", tmp_path / "bob")
+        assert write_persona(people, "bob", tmp_path / "bob", partial=True).left_out == (name,)
+
     @pytest.mark.parametrize("partial", [True, False])
     def test_nothing_to_write(self, people, partial, tmp_path):
         people.persona("dave").remember("Has no adapter.")
@@ -434,9 +447,3 @@ class TestBytes:
         made = write_once(composed(people, "alice"), people.base, cache)
         assert made.path == cache / elsewhere.version
         assert [path.name for path in cache.iterdir()] == [elsewhere.version]
-
-    def test_a_folder_of_something_else_is_left_alone(self, people, tmp_path):
-        (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(PersonaError, match=r"notes\.txt"):
-            write_persona(people, "alice", tmp_path)
-        assert [path.name for path in tmp_path.iterdir() if path.name != "store"] == ["notes.txt"]
