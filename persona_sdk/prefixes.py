@@ -96,8 +96,7 @@ class PrefixLibrary:
         store: where personas live.
         library: the adapters of that store.
         composer: makes the plans.
-        shape: tells what the engine's pool takes, None if its layers differ: then nothing is kept. Asked
-            when it is needed. Cubes of another precision are not read.
+        shape: what the engine's pool takes; cubes of another precision are not read.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class PrefixLibrary:
         store: MemoryStore,
         library: AdapterLibrary,
         composer: Composer,
-        shape: Callable[[], KVShape | None],
+        shape: KVShape,
         *,
         block: int = BLOCK,
     ) -> None:
@@ -136,19 +135,15 @@ class PrefixLibrary:
             system: the system message the application puts in front, if any.
 
         Returns:
-            The activation cube, or None if less than one block of tokens is stable, or the model's layers
-            differ.
+            The activation cube, or None if less than one block of tokens is stable.
 
         Raises:
             PromptTooLongError: the pinned memories do not fit the context.
             RevisionConflictError: the persona kept changing meanwhile.
         """
-        shape = self._shape()
-        if shape is None:
-            return None
         computed: tuple[PrefixFacts, TensorBundle] | None = None
         for _ in range(_TRIES):
-            stable = self._stable(owner, system, shape)
+            stable = self._stable(owner, system)
             if stable is None:
                 continue  # something changed while it was put together
             if stable.facts.lead + stable.facts.length == 0:
@@ -181,15 +176,12 @@ class PrefixLibrary:
 
         Damaged or foreign ones are passed over: the prompt is computed instead.
         """
-        shape = self._shape()
-        if shape is None:
-            return None
         place = {value: index for index, value in enumerate(hashes)}
         found = [
             (place[kept.facts.chain], owner, kept)
             for owner in scopes
             for kept in self._live(owner)
-            if kept.facts.chain in place and self._usable(kept, shape)
+            if kept.facts.chain in place and self._usable(kept)
         ]
         for _, owner, kept in sorted(found, key=lambda item: item[0]):
             try:
@@ -205,7 +197,7 @@ class PrefixLibrary:
             _log.warning("prefix %s of %r is not what its header says", kept.cube_id[:8], owner)
         return None
 
-    def _stable(self, owner: str, system: str, shape: KVShape) -> _Stable | None:
+    def _stable(self, owner: str, system: str) -> _Stable | None:
         """The stable prefix now; None if the store changed under it."""
         revisions = {owner: self._store.head(owner)}
         for group in self._store.groups(owner, revision=revisions[owner]):
@@ -237,7 +229,7 @@ class PrefixLibrary:
             length=len(tokens),
             tokens_sha256=_tokens_sha256(tokens),
             system_sha256=hashlib.sha256(system.encode()).hexdigest(),
-            dtype=_name(shape.dtype),
+            dtype=_name(self._shape.dtype),
         )
         unique = {(source.owner, source.cube_id): source for source in sources}
         return _Stable(composition, tokens, tuple(unique.values()), facts)
@@ -260,9 +252,11 @@ class PrefixLibrary:
         kept = {name: bundle[name].detach().cpu() for name in (KEYS, VALUES)}
         return {**kept, TOKENS: torch.tensor(stable.tokens, dtype=torch.int64)}
 
-    def _usable(self, kept: Kept, shape: KVShape) -> bool:
+    def _usable(self, kept: Kept) -> bool:
         # An archive may claim anything, and numbers cannot be compared with tokens: those are not used.
-        return kept.trusted and kept.facts.block == self._block and kept.facts.dtype == _name(shape.dtype)
+        return (
+            kept.trusted and kept.facts.block == self._block and kept.facts.dtype == _name(self._shape.dtype)
+        )
 
     def _live(self, owner: str) -> tuple[Kept, ...]:
         """The prefix cubes of an owner at its newest revision."""

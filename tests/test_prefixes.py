@@ -79,7 +79,7 @@ class Served:
     def __init__(self, model):
         self.model = model
         self.compute = Reference(model.base)
-        self.library = PrefixLibrary(model.base, model.store, model.adapters, model._composer, lambda: SHAPE)
+        self.library = PrefixLibrary(model.base, model.store, model.adapters, model._composer, SHAPE)
         self.cache = PrefixCache(1 << 24, shape=SHAPE, spill=self.library)
         model.store.on_forget(self.cache.forget)
 
@@ -343,13 +343,11 @@ class TestReuse:
         made = compose(model, "alice", "Hi")
         args = (model.base, model.store, model.adapters, model._composer)
         for library, block in [
-            (PrefixLibrary(*args, lambda: replace(SHAPE, dtype=torch.bfloat16)), 16),
-            (PrefixLibrary(*args, lambda: None), 16),
-            (PrefixLibrary(*args, lambda: SHAPE, block=8), 8),
+            (PrefixLibrary(*args, replace(SHAPE, dtype=torch.bfloat16)), 16),
+            (PrefixLibrary(*args, SHAPE, block=8), 8),
         ]:
             cache = PrefixCache(1 << 24, block=block, spill=library)
             assert cache.lookup(made.plan, made.prompt, ["alice"]) is None
-        assert PrefixLibrary(*args, lambda: None).warm("alice", served.compute) is None
 
     def test_an_archives_prefix_is_not_believed(self, model, served, tmp_path):
         pin(model, "alice", LIKES)

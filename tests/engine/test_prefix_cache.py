@@ -229,6 +229,12 @@ class TestForget:
         assert not bundle["keys"].any()
         assert not bundle["values"].any()
 
+    def test_also_of_what_was_evicted(self):
+        cache, bundle = cache_of(tokens=8), kv(PLAIN, PROMPT[:8])
+        cache.insert(PLAIN, PROMPT[:8], bundle, ["alice"])
+        put(cache, PLAIN, range(50, 58))
+        assert not bundle["keys"].any()
+
     def test_also_tensors_of_inference_mode(self):
         cache = cache_of()
         with torch.inference_mode():

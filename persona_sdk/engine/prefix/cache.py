@@ -12,7 +12,8 @@ entries, which are thus leaves, leave when the budget is full.
 
 Two requests share an entry only if base, patches, gates, soft prefix and tokens are all equal. The labels
 they were made for (`scopes`) are no part of that; they say what `forget` takes away, together with all that
-continues it. Forgetting overwrites the numbers, as soon as no row reads them any more.
+continues it. Whatever leaves is overwritten, as soon as no row reads it any more: what was evicted may be
+forgotten later.
 """
 
 import threading
@@ -75,7 +76,7 @@ class _Entry:
     parent: "_Entry | None"
     children: set["_Entry"] = field(default_factory=set)
     readers: int = 0
-    forgotten: bool = False
+    dropped: bool = False
 
     @cached_property
     def bytes(self) -> int:
@@ -242,7 +243,7 @@ class PrefixCache:
             made = [entry for entry in self._entries if scope in entry.scopes]
             gone = {entry for one in made for entry in one.descendants()}
             for entry in gone:
-                self._erase(entry)
+                self._drop(entry)
             return len(gone)
 
     def clear(self) -> None:
@@ -250,7 +251,7 @@ class PrefixCache:
         with self._lock:
             self._counts["forgotten"] += 1
             for entry in list(self._entries):
-                self._erase(entry)
+                self._drop(entry)
 
     def stats(self) -> PrefixStats:
         """How full the cache is and what it did."""
@@ -348,7 +349,7 @@ class PrefixCache:
         with self._lock:
             for entry in used:
                 entry.readers -= 1
-                if entry.forgotten and entry.readers == 0:
+                if entry.dropped and entry.readers == 0:
                     erase(entry.bundle)
 
     def _touch(self, entry: _Entry) -> None:
@@ -379,9 +380,6 @@ class PrefixCache:
         for boundary in entry.hashes:
             if self._at.get(boundary) is entry:
                 del self._at[boundary]
-
-    def _erase(self, entry: _Entry) -> None:
-        self._drop(entry)
-        entry.forgotten = True
+        entry.dropped = True
         if entry.readers == 0:
             erase(entry.bundle)
