@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field
 
+from persona_sdk.adapter_cache import PlanTensors
 from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
 from persona_sdk.errors import PromptTooLongError
@@ -125,7 +126,7 @@ class Composer:
         return Composition(
             plan=plan,
             prompt=fitted.prompt,
-            tensors=tensors,
+            tensors=PlanTensors(tensors),
             persona=persona,
             revisions=revisions,
             passages=used,

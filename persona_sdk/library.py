@@ -6,8 +6,6 @@ state. So attaching is a commit, rolling back detaches, and forgetting an adapte
 An attachment is pinned to one version of the adapter; attach again to take a newer one.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from persona_sdk import registry
+from persona_sdk.adapter_cache import AdapterCache
 from persona_sdk.adapters import Adapter, AdapterRequest
 from persona_sdk.config import FrozenConfig, validate_id
 from persona_sdk.errors import (
@@ -26,10 +25,8 @@ from persona_sdk.errors import (
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Revision, Source
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import Contribution
-from persona_sdk.tensors import size_bytes
 
 SHARED = "shared"
-_CACHE_BYTES = 1 << 30
 _TRIES = 50
 
 
@@ -80,9 +77,8 @@ class AdapterLibrary:
         self._store = store
         # Handles in use, by id: they know whether an owner without a commit is a user or a group.
         self.handles: WeakValueDictionary[str, Any] = WeakValueDictionary()
-        self._loaded: OrderedDict[str, Adapter] = OrderedDict()
-        self._lock = threading.Lock()
-        store.on_forget(self._drop)
+        self._cache = AdapterCache(self._read)
+        store.on_forget(lambda _owner: self._cache.clear())
 
     def add(
         self, name: str, adapter: Adapter, *, sources: Sequence[MemCube] = (), kind: str | None = None
@@ -133,7 +129,7 @@ class AdapterLibrary:
 
     def get(self, name: str) -> Adapter:
         """Load an adapter by name."""
-        return self._load(self.find(name))
+        return self._cache.get(self.find(name))
 
     def find(self, name: str) -> MemCube:
         """The cube that holds an adapter.
@@ -155,7 +151,7 @@ class AdapterLibrary:
     ) -> tuple[CubeDraft, Contribution]:
         """What a persona commits to attach an adapter, and what that version of it would add to a plan."""
         cube = self.find(name)
-        contribution = self._load(cube).contribute(state, AdapterRequest(origin=name, weight=weight))
+        contribution = self._cache.get(cube).contribute(state, AdapterRequest(origin=name, weight=weight))
         header = CubeHeader(
             title=cube.header.title,
             semantic_type="attachment",
@@ -187,26 +183,11 @@ class AdapterLibrary:
         """
         where = attachment.adapter
         cube = self._store.lookup(where.owner, [where.cube_id]).get(where.cube_id)
-        return None if cube is None else Loaded(self._load(cube), f"{attachment.name}@{cube.revision}")
-
-    def _drop(self, _owner: str) -> None:
-        with self._lock:
-            self._loaded.clear()
+        return None if cube is None else Loaded(self._cache.get(cube), f"{attachment.name}@{cube.revision}")
 
     def _adapters(self, owner: str) -> list[MemCube]:
         cubes = self._store.cubes(owner, kind="parametric")
         return [cube for cube in cubes if cube.header.semantic_type == "adapter"]
-
-    def _load(self, cube: MemCube) -> Adapter:
-        with self._lock:
-            if cube.id in self._loaded:
-                self._loaded.move_to_end(cube.id)
-                return self._loaded[cube.id]
-            adapter = self._read(cube)
-            self._loaded[cube.id] = adapter
-            while len(self._loaded) > 1 and sum(map(_bytes_of, self._loaded.values())) > _CACHE_BYTES:
-                self._loaded.popitem(last=False)
-            return adapter
 
     def _read(self, cube: MemCube) -> Adapter:
         name = f"{cube.owner}/{cube.header.title}"
@@ -219,10 +200,6 @@ class AdapterLibrary:
         adapter = registry.family(facts.family).from_tensors(facts.base, tensors, facts.config)
         adapter.check_base(self._model.fingerprint, name=f"Adapter {name!r}")
         return adapter
-
-
-def _bytes_of(adapter: Adapter) -> int:
-    return size_bytes(adapter.tensors)
 
 
 def commit_edit(

@@ -12,12 +12,14 @@ from typing import Any, Literal, Self, overload
 
 from persona_sdk.compose import ChatOptions, Composer, Composition
 from persona_sdk.engine import Completion, Engine, EngineOptions, Request
-from persona_sdk.errors import PersonaError
+from persona_sdk.engine.prefix.bundles import KVShape
+from persona_sdk.errors import ModelError, PersonaError
 from persona_sdk.library import AdapterLibrary
-from persona_sdk.memory import MemoryStore, Passage, Retriever, VectorIndex
+from persona_sdk.memory import MemCube, MemoryStore, Passage, Retriever, VectorIndex
 from persona_sdk.models import Embedder, LanguageModel, load_embedder
 from persona_sdk.persona import Persona
 from persona_sdk.plan import CompositionPlan, Contribution
+from persona_sdk.prefixes import PrefixLibrary
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Reply, ReplyStream, TextDecoder
 from persona_sdk.steering import Steering
@@ -45,9 +47,10 @@ class PersonaModel:
         self.adapters = AdapterLibrary(base, store)
         self._embedder = embedder
         self._index = VectorIndex(store)
-        self.engine = Engine(base, _with_folder(engine or EngineOptions(), store))
-        store.on_forget(self._forgotten)
         self._composer = Composer(base, store, self.adapters, self._recall)
+        self._prefixes: PrefixLibrary | None = None
+        self.engine = Engine(base, _with_folder(engine or EngineOptions(), store), spill=self._spill)
+        store.on_forget(self._forgotten)
 
     @classmethod
     def from_pretrained(
@@ -211,6 +214,20 @@ class PersonaModel:
         """Search over memories."""
         return Retriever(self.store, self._index, self.embedder)
 
+    def warm(self, persona: Persona, *, system: str = "") -> MemCube | None:
+        """See `Persona.warm`.
+
+        Raises:
+            ModelError: this model's layers keep keys and values of different shapes.
+        """
+        self.engine.ready()
+        if self._prefixes is None:
+            raise ModelError(
+                f"The layers of {self.base.name} keep keys and values of different shapes.",
+                hint="Prefixes of such models are not kept; chat without warming.",
+            )
+        return self._prefixes.warm(persona.id, self.engine.keys_values, kind=persona.kind, system=system)
+
     def check(self, contribution: Contribution) -> None:
         """Raise unless the engine can execute these parts on this base model."""
         plan = CompositionPlan(self.base.fingerprint, contribution.parts)
@@ -254,6 +271,10 @@ class PersonaModel:
             steers=completion.steers,
             cached_tokens=completion.cached_tokens,
         )
+
+    def _spill(self, shape: KVShape) -> PrefixLibrary:
+        self._prefixes = PrefixLibrary(self.base, self.store, self.adapters, self._composer, shape)
+        return self._prefixes
 
     def _forgotten(self, owner: str) -> None:
         self.engine.forget(owner)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_sdk.adapters import Adapter
+from persona_sdk.compose import PINNED
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import SHARED, commit_edit, split_name
@@ -69,8 +70,8 @@ class Persona:
         return await self._model.achat(self, messages, seed=seed, **options)
 
     def stream(self, messages: Messages, *, seed: int = 0, **options: Any) -> ReplyStream:
-        """Answer piece by piece, for ``for`` and ``async for``; the stream's ``.reply`` is the whole answer, and
-        `ReplyStream.steer` changes what is still to come. Arguments as for `chat`.
+        """Answer piece by piece, for ``for`` and ``async for``. The stream's ``.reply`` is the whole answer;
+        its ``.steer`` changes what is still to come. Arguments as for `chat`.
         """
         return self._model.stream(self, messages, seed=seed, **options)
 
@@ -90,10 +91,18 @@ class Persona:
     # Memory -------------------------------------------------------------------------------------------
 
     def remember(
-        self, text: str, *, title: str = "", tags: Sequence[str] = (), semantic_type: str = "fact"
+        self,
+        text: str,
+        *,
+        title: str = "",
+        tags: Sequence[str] = (),
+        semantic_type: str = "fact",
+        pinned: bool = False,
     ) -> MemCube:
-        """Store one text as a memory of this persona and return its cube."""
-        return self.remember_all([text], title=title, tags=tags, semantic_type=semantic_type)[0]
+        """Store one text as a memory of this persona and return its cube. Arguments as for `remember_all`."""
+        return self.remember_all([text], title=title, tags=tags, semantic_type=semantic_type, pinned=pinned)[
+            0
+        ]
 
     def remember_all(
         self,
@@ -103,6 +112,7 @@ class Persona:
         tags: Sequence[str] = (),
         semantic_type: str = "fact",
         searchable: bool = True,
+        pinned: bool = False,
     ) -> list[MemCube]:
         """Store several texts in one revision: all of them, or none.
 
@@ -112,6 +122,7 @@ class Persona:
             tags: labels of your own.
             semantic_type: fact, preference, event, writing, ...
             searchable: False keeps them out of recall and out of prompts, as for training texts.
+            pinned: True puts them into every prompt, first and whatever is asked; see `warm`.
 
         Raises:
             InvalidInputError: a text is blank or longer than `MAX_TEXT` characters.
@@ -130,7 +141,13 @@ class Persona:
         if not texts:
             return []
         header = CubeHeader.parse(
-            {"title": title, "semantic_type": semantic_type, "tags": tuple(tags), "trust": "user"}
+            {
+                "title": title,
+                "semantic_type": semantic_type,
+                "tags": tuple(tags),
+                "trust": "user",
+                "attributes": PINNED if pinned else {},
+            }
         )
         drafts = [CubeDraft(text=text, header=header) for text in texts]
         if searchable:
@@ -142,6 +159,24 @@ class Persona:
         noun = semantic_type if len(drafts) == 1 else f"{len(drafts)} x {semantic_type}"
         revision = self._commit(f"remember {noun}", add=drafts)
         return [self._store.get(self.id, cube_id) for cube_id in revision.added]
+
+    def warm(self, *, system: str = "") -> MemCube | None:
+        """Compute what stands first in every prompt of this persona, and keep its keys and values.
+
+        That is the system message and the pinned memories; their keys and values become an `activation`
+        memory, and later chats start after them, also in another process. Any change of an adapter, a gate
+        or a pinned memory leaves it unused: warm again then.
+
+        Args:
+            system: the system message the application puts in front, if any.
+
+        Returns:
+            The activation cube, or None if there is less than a block of tokens to keep.
+
+        Raises:
+            PromptTooLongError: the pinned memories do not fit the context.
+        """
+        return self._model.warm(self, system=system)
 
     def recall(self, query: str, k: int = 5) -> list[Passage]:
         """The `k` memories nearest to a query, own and of the groups, best first."""

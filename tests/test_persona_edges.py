@@ -64,7 +64,7 @@ class TestOwners:
         alice.attach("nurses/tone")
         alice.join([])
         model.store.vault.path(cube.blob).write_bytes(b"damaged")
-        model.adapters._loaded.clear()
+        model.adapters._cache.clear()
         assert alice.chat("Hi", **FAST).plan.parts == ()
         alice.join(["nurses"])
         with pytest.raises(CorruptBlobError) as caught:

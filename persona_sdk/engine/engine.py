@@ -26,6 +26,7 @@ from persona_sdk.engine.forward.select import forward_of
 from persona_sdk.engine.generation import Generation
 from persona_sdk.engine.options import EngineOptions
 from persona_sdk.engine.request import Completion, Request, Step
+from persona_sdk.engine.steps import FixedSteps
 from persona_sdk.errors import DeviceMemoryError, EngineStoppedError, QueueFullError
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import TensorBundle
@@ -76,6 +77,11 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def ready(self) -> None:
+        """Build now what the first request would otherwise wait for: packed weights, kernels, calibration."""
+        with self._stepping:
+            self._ready_loop()
 
     def close(self) -> None:
         """Fail what still runs, end the worker, and take everything off the base model."""
@@ -147,6 +153,16 @@ class Engine:
         assert completion.exported is not None
         return completion.exported
 
+    @contextmanager
+    def bench(self, requests: Sequence[Request]) -> "Iterator[FixedSteps]":
+        """Single passes over fixed rows, to be timed; see `engine.steps`. Nothing else runs meanwhile."""
+        for request in requests:
+            self._check(request)
+        with self._rows([replace(request, keep_prefix=False) for request in requests]) as (loop, rows):
+            steps = FixedSteps(loop, tuple(rows))
+            steps.prefill()
+            yield steps
+
     def check(self, request: Request, *, room: bool = True) -> None:
         """Raise unless this engine can execute the request, its adapters' shapes included.
 
@@ -212,6 +228,8 @@ class Engine:
 
     def _wake(self) -> None:
         with self._news:
+            if self._loop is not None:
+                self._loop.stirred = True
             self._news.notify_all()
 
     def _work(self) -> None:
@@ -221,6 +239,7 @@ class Engine:
                     loop = self._ready_loop()
                     while self._inbox:
                         loop.enqueue(self._inbox.popleft())
+                        loop.stirred = True
                     loop.step()
         except BaseException as error:
             logger.exception("the engine's worker died")

@@ -1,6 +1,6 @@
 """Entries of a prompt: what stands in front of its tokens, and how many there are.
 
-    | KV prefix (given) | soft prefix (vectors) | tokens |   then the reply
+prompt:  | KV prefix (given) | soft prefix (vectors) | tokens |   then the reply
 """
 
 from jaxtyping import Float

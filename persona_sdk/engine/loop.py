@@ -45,7 +45,11 @@ class Loop:
     """Queue, row table and what the rows hold. Every method is called by one thread at a time."""
 
     def __init__(
-        self, model: LanguageModel, forward: Forward, options: EngineOptions, spill: SpillFactory | None = None
+        self,
+        model: LanguageModel,
+        forward: Forward,
+        options: EngineOptions,
+        spill: SpillFactory | None = None,
     ) -> None:
         self.model, self.forward, self.options = model, forward, options
         self.pool = TokenPool(
@@ -61,14 +65,13 @@ class Loop:
         )
         self.rows: dict[int, Row] = {}
         self._free_rows = list(range(options.max_rows))
-        self._queue = Queue(
-            ScheduleOptions(prefill_tokens=options.prefill_tokens, max_wait=options.max_wait)
-        )
+        self._queue = Queue(ScheduleOptions(prefill_tokens=options.prefill_tokens, max_wait=options.max_wait))
         self._waiting: dict[int, Generation] = {}
         self._vocab = int(model.module.config.get_text_config().vocab_size)
         self._end_tokens = end_tokens(model)
         self._ticket = 0
         self.steps = 0
+        self.stirred = False  # somebody may have cancelled since the last step
 
     @property
     def idle(self) -> bool:
@@ -300,13 +303,14 @@ class Loop:
             return
         if self.options.prefix_bytes and kv_shape(self.forward):
             bundle = self.pool.export(row.table[: given_entries(request) + count])
-            self.prefixes.insert(
-                request.plan, request.prompt[:count], bundle, request.scope, mark=row.mark
-            )
+            self.prefixes.insert(request.plan, request.prompt[:count], bundle, request.scope, mark=row.mark)
 
     # Leaving ------------------------------------------------------------------------------------------
 
     def _drop_cancelled(self) -> None:
+        if not self.stirred:
+            return
+        self.stirred = False
         for row in tuple(self.rows.values()):
             if row.generation.cancelled:
                 self._end(row, "cancelled")

@@ -57,8 +57,9 @@ class Completion:
     """All tokens of one row, the end token included, and why it ended.
 
     ``finish_reason`` is ``"stop"``, ``"length"``, ``"cancelled"`` or ``"error"`` (then `error` says which).
-    ``cached_tokens`` of the prompt were taken from kept keys and values. ``exported`` holds those of the whole
-    prompt, soft prefix first, if the request asked: ``{"keys", "values"}``, ``[layers, entries, kv_heads, dim]``.
+    ``cached_tokens`` of the prompt were taken from kept keys and values. ``exported`` holds those of the
+    whole prompt, soft prefix first, if the request asked: ``{"keys", "values"}``, each
+    ``[layers, entries, kv_heads, dim]``.
     """
 
     tokens: tuple[int, ...]
