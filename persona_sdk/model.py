@@ -169,9 +169,10 @@ class PersonaModel:
             **options: see `persona_sdk.compose.ChatOptions`.
         """
         chat_options = ChatOptions.parse(options)
+        mark = self.engine.mark()
         composed = [self._compose(persona, messages, chat_options) for persona, messages in requests]
         decoder = TextDecoder(self.base.tokenizer, chat_options.stop_strings)
-        completions = self.engine.generate([self._request(c, seed, decoder) for c in composed])
+        completions = self.engine.generate([self._request(c, seed, decoder, mark) for c in composed])
         errors = [completion.error for completion in completions if completion.error is not None]
         if errors and not return_errors:
             raise errors[0]
@@ -194,9 +195,10 @@ class PersonaModel:
     ) -> ReplyStream:
         """Answer piece by piece. The plan is made, and bad input refused, before the first piece."""
         chat_options = ChatOptions.parse(options)
+        mark = self.engine.mark()
         composition = self._compose(persona, messages, chat_options)
         decoder = TextDecoder(self.base.tokenizer, chat_options.stop_strings)
-        generation = self.engine.submit(self._request(composition, seed, decoder))
+        generation = self.engine.submit(self._request(composition, seed, decoder, mark))
         return ReplyStream(
             generation,
             decoder,
@@ -244,7 +246,7 @@ class PersonaModel:
         return self._composer.compose(None if persona is None else persona.id, messages, options)
 
     @staticmethod
-    def _request(composition: Composition, seed: int, decoder: TextDecoder) -> Request:
+    def _request(composition: Composition, seed: int, decoder: TextDecoder, mark: int) -> Request:
         return Request(
             prompt=composition.prompt,
             plan=composition.plan,
@@ -252,6 +254,7 @@ class PersonaModel:
             seed=seed,
             should_stop=decoder.stopped if composition.plan.options.stop_strings else None,
             scope=tuple(composition.revisions),
+            mark=mark,
         )
 
     @staticmethod

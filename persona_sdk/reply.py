@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from persona_sdk.compose import is_pinned
 from persona_sdk.engine import Completion, Generation, Steer
 from persona_sdk.memory import Passage
 from persona_sdk.plan import CompositionPlan, DecodingRule, KVPrefix, LowRankPatch, SoftPrefix
@@ -192,9 +193,10 @@ class Explanation:
                 rows.append(("KV prefix", f"{part.origin}  {part.length} tokens {part.cache[:12]}"))
             elif isinstance(part, DecodingRule):
                 rows.append(("decoding rule", f"{part.origin}  {len(part.bias)} tokens"))
-        rows += [
-            ("memory", f"{passage.score:.2f}  {passage.owner}: {passage.text}") for passage in reply.citations
-        ]
+        for passage in reply.citations:
+            pinned = is_pinned(passage.header)
+            score = "" if pinned else f"{passage.score:.2f}  "
+            rows.append(("pinned" if pinned else "memory", f"{score}{passage.owner}: {passage.text}"))
         rows += [
             ("steered", f"from token {steer.token}: new gate for {', '.join(map(self._origin, steer.gates))}")
             for steer in reply.steers

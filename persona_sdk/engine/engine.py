@@ -80,8 +80,9 @@ class Engine:
 
     def ready(self) -> None:
         """Build now what the first request would otherwise wait for: packed weights, kernels, calibration."""
-        with self._stepping:
-            self._ready_loop()
+        if self._loop is None:
+            with self._stepping:
+                self._ready_loop()
 
     def close(self) -> None:
         """Fail what still runs, end the worker, and take everything off the base model."""
@@ -108,6 +109,7 @@ class Engine:
             EngineStoppedError: the engine is closed.
         """
         self._check(request)
+        self._bring_prefix(request)
         return self._enqueue([request])[0]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -116,6 +118,8 @@ class Engine:
         """
         for request in requests:
             self._check(request)
+        for request in requests:
+            self._bring_prefix(request)
         return [generation.result() for generation in self._enqueue(requests)]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Step]:
@@ -124,6 +128,8 @@ class Engine:
         """
         for request in requests:
             self._check(request)
+        for request in requests:
+            self._bring_prefix(request)
         return self._steps(self._enqueue(requests))
 
     def logits(self, requests: Sequence[Request]) -> list[Float[Tensor, "_ vocab"]]:
@@ -176,6 +182,10 @@ class Engine:
     def _check(self, request: Request) -> None:
         check_request(request, self.model, self.capabilities)
 
+    def mark(self) -> int:
+        """Where forgetting stands now; see `Request`."""
+        return 0 if self._loop is None else self._loop.prefixes.mark()
+
     def forget(self, scope: str) -> None:
         """Drop every prefix kept for a scope, from memory at once."""
         if self._loop is not None:
@@ -205,6 +215,13 @@ class Engine:
             finally:
                 for row in rows:
                     loop.free(row)
+
+    def _bring_prefix(self, request: Request) -> None:
+        """Read a kept prefix from disk here, in the caller's thread: the worker must not wait for it."""
+        if self._spill is not None and request.keep_prefix and request.scope:
+            self.ready()
+            assert self._loop is not None
+            self._loop.prefixes.prefetch(request.plan, request.prompt, request.scope)
 
     # The worker ---------------------------------------------------------------------------------------
 

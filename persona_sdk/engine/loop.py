@@ -19,7 +19,7 @@ from torch import Tensor
 from persona_sdk.engine.entries import entries, given_entries, soft_vectors
 from persona_sdk.engine.forward.base import Forward
 from persona_sdk.engine.forward.batch import PackedBatch, RowTokens, pack
-from persona_sdk.engine.forward.pool import TokenPool
+from persona_sdk.engine.forward.pool import KEYS, TokenPool
 from persona_sdk.engine.generation import Generation
 from persona_sdk.engine.low_rank.arena import Slot
 from persona_sdk.engine.low_rank.rows import BoundPatch, PatchTable
@@ -59,7 +59,7 @@ class Loop:
         dtype = torch.float32 if model.device.type == "cpu" else model.dtype
         self.tiers = AdapterTiers(forward.sites, device=model.device, dtype=dtype, options=options.tiers())
         self.patches = PatchTable(calibrate=options.calibrate)
-        shape = kv_shape(forward)
+        shape = KVShape.of(forward.layers, forward.cache_dtype)
         self.prefixes = PrefixCache(
             options.prefix_bytes if shape else 0, shape=shape, spill=spill(shape) if spill and shape else None
         )
@@ -163,7 +163,7 @@ class Loop:
         request = generation.request
         slots: list[Slot] = []
         table = None
-        mark = self.prefixes.mark()
+        mark = self.prefixes.mark() if request.mark is None else request.mark
         try:
             for patch in request.plan.low_rank:
                 slot = self.tiers.acquire(patch.factors, patch.rank, loader(request, patch.factors))
@@ -208,11 +208,16 @@ class Loop:
             return
         if not request.keep_prefix:
             return
-        hit = self.prefixes.lookup(request.plan, request.prompt, request.scope)
-        if hit is not None:
-            with hit:
-                self.pool.load(row.table[: hit.length], hit.bundle)
-            row.past, row.cached = hit.length, hit.tokens
+        # Without scopes: what a disk knows was brought into memory by whoever submitted the request.
+        hit = self.prefixes.lookup(request.plan, request.prompt)
+        if hit is None:
+            return
+        with hit:
+            for part in hit.parts:
+                count = part[KEYS].shape[1]
+                self.pool.load(row.table[row.past : row.past + count], part)
+                row.past += count
+        row.cached = hit.tokens
 
     def _sampler(self, request: Request) -> RowSampler:
         plan = request.plan
@@ -297,13 +302,15 @@ class Loop:
 
     def _keep(self, row: Row) -> None:
         """Keep the keys and values of a whole prompt, unless a steer changed them on the way."""
-        request = row.request
-        count = self.prefixes.keepable(len(request.prompt))
-        if not request.keep_prefix or row.steers or count <= row.cached or request.plan.of(KVPrefix):
+        request, cached = row.request, row.cached
+        if not request.keep_prefix or row.steers or request.plan.of(KVPrefix):
             return
-        if self.options.prefix_bytes and kv_shape(self.forward):
-            bundle = self.pool.export(row.table[: given_entries(request) + count])
-            self.prefixes.insert(request.plan, request.prompt[:count], bundle, request.scope, mark=row.mark)
+        if self.prefixes.wants(len(request.prompt), cached):
+            given, count = given_entries(request), self.prefixes.keepable(len(request.prompt))
+            bundle = self.pool.export(row.table[given + cached if cached else 0 : given + count])
+            self.prefixes.insert(
+                request.plan, request.prompt[:count], bundle, request.scope, start=cached, mark=row.mark
+            )
 
     # Leaving ------------------------------------------------------------------------------------------
 
@@ -343,14 +350,6 @@ class Loop:
     def _release(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
             self.tiers.release(slot)
-
-
-def kv_shape(forward: Forward) -> KVShape | None:
-    """What a token keeps, where every layer keeps the same; None if kept prefixes cannot be one tensor."""
-    if len(set(forward.layers)) != 1:
-        return None
-    layer = forward.layers[0]
-    return KVShape(len(forward.layers), layer.kv_heads, layer.key_dim, layer.value_dim, forward.cache_dtype)
 
 
 def loader(request: Request, factors: Digest) -> Callable[[], TensorBundle]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field
 
 from persona_sdk.config import FrozenConfig
+from persona_sdk.engine.low_rank.tiers import TierOptions
 
 
 class EngineOptions(FrozenConfig):
@@ -27,3 +28,12 @@ class EngineOptions(FrozenConfig):
     )
     fused: bool = Field(True, description="use the fused forward pass where the architecture is known")
     calibrate: bool = Field(True, description="choose kernels by measuring this machine once")
+
+    def tiers(self) -> TierOptions:
+        """The budgets of the adapter tiers."""
+        return TierOptions(
+            device_bytes=self.device_bytes,
+            host_bytes=self.host_bytes,
+            disk_bytes=self.disk_bytes,
+            flat_folder=self.flat_folder,
+        )

@@ -22,6 +22,8 @@ class Request:
         scope: opaque label of whom the request is for. Admission is fair between scopes, and `forget`
             drops what was kept for one. It is no part of any key.
         keep_prefix: look the prompt up among the kept prefixes, and keep its keys and values.
+        mark: of `Engine.mark`, taken before anything was read that the prompt or the plan was made from. If
+            something is forgotten after it, nothing computed from this request is kept.
         export: hand out the prompt's keys and values with the completion.
     """
 
@@ -32,6 +34,7 @@ class Request:
     should_stop: Callable[[Sequence[int]], bool] | None = None
     scope: tuple[str, ...] = ()
     keep_prefix: bool = True
+    mark: int | None = None
     export: bool = False
 
 

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import time
+from collections import UserDict
 from dataclasses import replace
 
 import pytest
@@ -311,13 +312,13 @@ class TestFaults:
             assert [c.tokens for c in engine.generate(rows)] == [solo.generate([row])[0].tokens for row in rows]
 
     def test_an_adapter_that_cannot_be_read_at_admission(self, engine, solo, tiny):
-        class Broken(dict):
+        class Broken(UserDict):
             def __getitem__(self, key):
                 raise CorruptBlobError("The blob does not match its hash.", hint="Restore the store.")
 
         factors = random_factors(tiny, 9)
-        row = replace(request(tiny, PROMPTS[0], (patch(factors),), (factors,)))
-        row = replace(row, tensors=Broken({digest(factors): factors}))
+        row = request(tiny, PROMPTS[0], (patch(factors),), (factors,))
+        object.__setattr__(row, "tensors", Broken({digest(factors): factors}))
         [failed, plain] = engine.generate([row, request(tiny, PROMPTS[0])])
         assert isinstance(failed.error, CorruptBlobError)
         assert plain.tokens == solo.generate([request(tiny, PROMPTS[0])])[0].tokens
