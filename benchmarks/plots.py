@@ -1,12 +1,23 @@
 """One figure per benchmark, drawn from its result alone. Needs matplotlib, of the extra ``bench``."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from benchmarks.harness import Result, Row
 
 _COLOURS = {"ours": "#2a6fbb", "peft": "#c9752d"}
+_SERVE_COLOURS = {
+    "ours": "#2a6fbb",
+    "base": "#8fb8de",
+    "eager": "#999999",
+    "peft": "#c9752d",
+    "switching": "#e0a878",
+    "vllm": "#7a9a5b",
+    "vllm compiled": "#a9c48e",
+    "vllm lora": "#4d6b32",
+}
 
 
 def compose(result: Result) -> Any:
@@ -82,7 +93,60 @@ def _panel(axis: Any, result: Result, phase: str, model: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-PLOTS: Mapping[str, Callable[[Result], Any]] = {"compose": compose}
+def serve(result: Result) -> Any:
+    """Milliseconds of a step by contender, and throughput by number of adapters, where they were measured."""
+    from matplotlib.figure import Figure
+
+    phases = [phase for phase in ("decode", "prefill") if result.tables.get(f"{phase} milliseconds")]
+    replays = [row for row in result.tables.get("trace replay", []) if row["cv"] == 1]
+    panels = len(phases) + bool(replays)
+    figure = Figure(figsize=(5.2 * max(panels, 1), 4.2), layout="constrained")
+    axes = list(figure.subplots(1, max(panels, 1), squeeze=False)[0])
+    for phase, axis in zip(phases, axes, strict=False):
+        _step_panel(axis, result.tables[f"{phase} milliseconds"], phase)
+    if replays:
+        _throughput_panel(axes[len(phases)], replays)
+    smoke = " (smoke run)" if result.quick else ""
+    figure.suptitle(f"Serving many personas: ours against its base and peers{smoke}", fontsize=11)
+    return figure
+
+
+def _step_panel(axis: Any, rows: Sequence[Row], phase: str) -> None:
+    """A group of bars for every batch, a bar for every contender, on a logarithmic scale."""
+    names = [name for name in _SERVE_COLOURS if any(row.get(name) is not None for row in rows)]
+    for index, name in enumerate(names):
+        places = [place for place, row in enumerate(rows) if row.get(name) is not None]
+        times = [float(str(rows[place][name])) for place in places]
+        shifted = [place + (index - (len(names) - 1) / 2) * 0.8 / len(names) for place in places]
+        axis.bar(shifted, times, 0.8 / len(names), color=_SERVE_COLOURS[name], label=name)
+    axis.set_yscale("log")
+    axis.set_ylabel("milliseconds a step")
+    labels = [f"{row['rows x tokens']}\n{row['personas']} personas" for row in rows]
+    axis.set_xticks(range(len(rows)), labels)
+    axis.set_title(f"{phase} (rows x prompt tokens)", fontsize=9)
+    axis.legend(fontsize=7, frameon=False, ncols=2)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _throughput_panel(axis: Any, rows: Sequence[Row]) -> None:
+    """Median tokens a second over the draws, a line for every law."""
+    for law in sorted({str(row["law"]) for row in rows}):
+        found: dict[int, list[float]] = {}
+        for row in rows:
+            if row["law"] == law:
+                found.setdefault(int(str(row["adapters"])), []).append(float(str(row["tokens/s"])))
+        numbers = sorted(found)
+        axis.plot(numbers, [median(found[number]) for number in numbers], marker="o", label=law)
+    axis.set_xscale("log")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("registered adapters")
+    axis.set_ylabel("tokens a second")
+    axis.set_title("trace replay", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+PLOTS: Mapping[str, Callable[[Result], Any]] = {"compose": compose, "serve": serve}
 
 
 def png(result: Result) -> bytes | None:
