@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from persona_sdk.adapter_cache import PlanTensors
 from persona_sdk.adapters import Adapter, AdapterRequest
 from persona_sdk.adapters.base import State
 from persona_sdk.compose import is_pinned
@@ -61,7 +62,7 @@ class AdapterComposition:
 
     Args:
         plan: the parts.
-        tensors: the bundles they name.
+        tensors: the bundles they name; read from the store when they are taken, so while it is open.
         sources: digests of the stored adapters they come from.
         skipped: attachments that could not take part, and why, which `Persona.chat` skips too; and how many
             memories depend on the message.
@@ -118,7 +119,7 @@ def compose_adapters(
         composed.skipped.append(f"{recalled} memories: they depend on the message")
     return AdapterComposition(
         plan=CompositionPlan(fingerprint, tuple(composed.parts)),
-        tensors=composed.tensors,
+        tensors=PlanTensors(composed.tensors),
         sources=tuple(sorted(set(composed.sources.values()))),
         skipped=tuple(composed.skipped),
         pinned=pinned,

@@ -118,10 +118,12 @@ class PersonaResolver:
                 groups=parsed.groups,
                 adjust=parsed.adjust,
             )
-        current = version_of(composition, base_name=base_model_name)[:VERSION_DIGITS]
-        if parsed.version not in (None, current):
-            raise NotFoundError(f"{name!r} names an old version.", hint=f"The current one is #{current}.")
-        found = write_once(composition, base, self._exports, base_name=base_model_name, partial=self._partial)
+            current = version_of(composition, base_name=base_model_name)[:VERSION_DIGITS]
+            if parsed.version not in (None, current):
+                raise NotFoundError(f"{name!r} names an old version.", hint=f"The current one is #{current}.")
+            found = write_once(
+                composition, base, self._exports, base_name=base_model_name, partial=self._partial
+            )
         for what in (*found.left_out, *found.skipped):
             logger.warning("%r is served without %s", name, what)
         return found
