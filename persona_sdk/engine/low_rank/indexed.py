@@ -1,0 +1,120 @@
+"""The compiled kernel for CPUs: reads every factor where it stands, once per row that uses it.
+
+    y[t] += B_k^T (g_k (A_k . x[t]))          for every job, token t of it, and rank direction k with g_k != 0
+
+    symbol   field             shape
+    A, B     `data`            [slots, size], offsets in `table` (a, b, column, d_out per module)
+    x, y     `x`, `y`          [tokens, d_in], [tokens, width]
+    g        `gates`           [jobs, rank]
+    job      `jobs`            (slot, first token, token after the last) per row and patch
+
+A job is one row's use of one slot. All lanes of an arena go in one call per site. Jobs are sorted by lane,
+then by slot, so that a slot shared by many rows is read from memory once, while every row adds its patches
+in its own order: its result depends on no other row, bit for bit.
+
+One direction at a time, a dot product and an axpy, runs at the speed of memory with one adapter per row;
+four directions at a time were slower (too many streams for the prefetcher), and blocks of rows no faster.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from persona_sdk.engine.low_rank.lanes import Lane
+
+logger = logging.getLogger("persona_sdk.engine")
+
+
+@no_type_check  # numba compiles the bare function
+def _kernel(data: Any, x: Any, y: Any, table: Any, rank: Any, jobs: Any, gates: Any) -> None:
+    d_in = x.shape[1]
+    for job in range(jobs.shape[0]):
+        block = data[jobs[job, 0]]
+        for token in range(jobs[job, 1], jobs[job, 2]):
+            row, out = x[token], y[token]
+            for module in range(table.shape[0]):
+                a, b = table[module, 0], table[module, 1]
+                column, d_out = table[module, 2], table[module, 3]
+                into = out[column : column + d_out]
+                for k in range(rank):
+                    gate = gates[job, k]
+                    if gate != 0:
+                        A = block[a + k * d_in : a + (k + 1) * d_in]
+                        hidden = np.float32(0)
+                        for c in range(d_in):
+                            hidden += A[c] * row[c]
+                        hidden *= gate
+                        B = block[b + k * d_out : b + (k + 1) * d_out]
+                        for c in range(d_out):
+                            into[c] += hidden * B[c]
+
+
+@cache
+def compiled() -> Callable[..., None] | None:
+    """The compiled kernel; None where numba cannot be imported.
+
+    The machine code is kept beside this file, or in the user's cache folder where that is read-only.
+    """
+    try:
+        import numba
+    except ImportError:
+        logger.info("numba cannot be imported; low-rank branches run in torch.")
+        return None
+    # "nnan" and "ninf" stay off: a row with NaN must stay NaN, so that it is found and stopped.
+    options: dict[str, Any] = {
+        "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"},
+        "nogil": True,
+        "error_model": "numpy",
+    }
+    # One signature, so that nothing is compiled in the middle of a step.
+    numbers, places = "float32[:, ::1]", "int64[:, ::1]"
+    signature = f"void({numbers}, {numbers}, {numbers}, {places}, int64, {places}, {numbers})"
+    kernel: Callable[..., None]
+    try:
+        kernel = numba.njit(signature, cache=True, **options)(_kernel)
+    except RuntimeError:  # no folder to keep machine code in
+        kernel = numba.njit(signature, **options)(_kernel)
+    return kernel
+
+
+def runs_on(data: Tensor) -> bool:
+    """Whether the compiled kernel can read these blocks."""
+    return (
+        data.device.type == "cpu"
+        and data.dtype == torch.float32
+        and data.is_contiguous()
+        and compiled() is not None
+    )
+
+
+class Indexed:
+    """All lanes of one arena, ready to be added. See the module's docstring."""
+
+    contiguous = True
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        kernel = compiled()
+        assert kernel is not None
+        self._kernel, self._data = kernel, lanes[0].data.numpy()
+        self._factors, self._rank = lanes[0].factors.sites, lanes[0].factors.rank
+        jobs, gates = [], []
+        for lane in lanes:
+            rows = np.flatnonzero(lane.slots >= 0)
+            rows = rows[np.argsort(lane.slots[rows], kind="stable")]
+            stops = np.cumsum(lane.lengths)[rows]
+            jobs.append(np.stack([lane.slots[rows], stops - lane.lengths[rows], stops], axis=1))
+            gates.append(lane.gates[rows])
+        self._jobs = np.ascontiguousarray(np.concatenate(jobs))
+        self._gates = np.ascontiguousarray(np.concatenate(gates))
+
+    def add(self, site: int, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens width"]) -> None:
+        """Add the branches of a site that this arena patches."""
+        self._kernel(
+            self._data, x.numpy(), y.numpy(), self._factors[site].table, self._rank, self._jobs, self._gates
+        )
