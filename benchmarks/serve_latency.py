@@ -43,7 +43,7 @@ def first_token(model: LanguageModel, *, memory: int = MEMORY, iterations: int) 
         (done,) = engine.generate([_request(model, [*known, *question], tokens=1, keep=keep)])
         if done.error is not None:
             raise BenchmarkError(f"A request failed: {done.error!r}.")
-        return done.cached_tokens
+        return int(done.cached_tokens)
 
     # Room for the prompt in one step: the side without kept keys and values is at its best.
     with Engine(model, EngineOptions(prefill_tokens=2 * _ROOM)) as engine:
@@ -87,7 +87,7 @@ def _longest_gap(
     marks: list[list[float]] = [[] for _ in running]
     generations = [engine.submit(_request(model, row, tokens=tokens)) for row in running]
     for generation, mine in zip(generations, marks, strict=True):
-        generation.listen(lambda mine=mine: mine.append(time.perf_counter()))  # type: ignore[misc]
+        generation.listen(lambda mine=mine: mine.append(time.perf_counter()))
     while any(len(generation.tokens) < tokens // 4 for generation in generations):
         time.sleep(0.001)
     joined, wait = time.perf_counter(), None

@@ -34,6 +34,7 @@ from persona_sdk.tensors import PREFIX, TensorBundle, digest, freeze, low_rank_b
 RANK = 8
 GROUPS = 4
 SOFT = 8
+SCALE = 0.05  # of B: adapters that change the greedy tokens of most rows, so that agreement says something
 _ENDLESS = 160  # tokens a row may generate; more than any cell asks for
 
 
@@ -54,8 +55,9 @@ class Scene:
         """A random scene; its prompts have `width` tokens after the soft prefix."""
         shapes = model.linear_shapes()
         draw = torch.Generator().manual_seed(seed)
-        users = tuple(random_factors(shapes, rank=RANK, seed=1000 * seed + i) for i in range(personas))
-        groups = tuple(random_factors(shapes, rank=RANK, seed=1000 * seed + 900 + i) for i in range(GROUPS))
+        seeds = range(1000 * seed, 1000 * seed + personas + GROUPS)
+        drawn = [random_factors(shapes, rank=RANK, seed=one, scale=SCALE) for one in seeds]
+        users, groups = tuple(drawn[:personas]), tuple(drawn[personas:])
         gates = 0.5 + torch.rand(personas, RANK, generator=draw)
         size = float(model.module.get_input_embeddings().weight.float().std())
         prefixes = tuple(
