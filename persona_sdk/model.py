@@ -49,7 +49,7 @@ class PersonaModel:
         self._index = VectorIndex(store)
         self._composer = Composer(base, store, self.adapters, self._recall)
         self._prefixes: PrefixLibrary | None = None
-        self.engine = Engine(base, _with_folder(engine or EngineOptions(), store), spill=self._spill)
+        self.engine = Engine(base, engine, spill=self._spill)
         store.on_forget(self._forgotten)
 
     @classmethod
@@ -281,10 +281,3 @@ class PersonaModel:
 
     def _forgotten(self, owner: str) -> None:
         self.engine.forget(owner)
-
-
-def _with_folder(options: EngineOptions, store: MemoryStore) -> EngineOptions:
-    """Options with a folder for the engine's flat files: inside the store, so that they share its fate."""
-    if options.flat_folder is not None:
-        return options
-    return options.model_copy(update={"flat_folder": store.folder / "cache" / "adapters"})

@@ -14,6 +14,7 @@ from persona_sdk.compose import PINNED
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import SHARED, commit_edit, split_name
+from persona_sdk.materialize import Materialized, materialize
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Passage, Receipt, Revision
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Explanation, Reply, ReplyStream
@@ -262,6 +263,18 @@ class Persona:
             return {"retire": attached}
 
         return self._edit(f"detach {full}", changes)
+
+    def export_peft(self, folder: str | Path, **options: Any) -> Materialized:
+        """Write everything this persona's adapters add up to, its groups' included, as one PEFT LoRA folder.
+
+        Args:
+            folder: where; peft and vLLM load it unchanged.
+            **options: see `persona_sdk.materialize.materialize` (``partial``, ``rank``, ``groups``, ``adjust``).
+
+        Raises:
+            CompositionError: something that a PEFT folder cannot hold takes part, and ``partial`` is false.
+        """
+        return materialize(self._model, self.id, folder, **options)
 
     def attachments(self) -> list[str]:
         """Names of the attached adapters, in the order they apply."""

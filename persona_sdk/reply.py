@@ -40,7 +40,7 @@ class Reply:
     dropped_turns: int = 0
     skipped: tuple[str, ...] = ()
     steers: tuple[Steer, ...] = ()
-    cached_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return self.text

@@ -187,14 +187,13 @@ class Engine:
         return 0 if self._loop is None else self._loop.prefixes.mark()
 
     def forget(self, scope: str) -> None:
-        """Drop every prefix kept for a scope, from memory at once."""
+        """Drop every prefix kept for a scope, and all adapters that no row uses; others at their rows' end.
+
+        Whose an adapter is, the engine does not know. They come back from the store when they are needed.
+        """
         if self._loop is not None:
             self._loop.prefixes.forget(scope)
-
-    def drop(self, digests: Sequence[str]) -> None:
-        """Drop adapters from every tier; rows that use one keep it to their end."""
-        if self._loop is not None:
-            self._loop.tiers.drop(digests)
+            self._loop.tiers.clear()
 
     @contextmanager
     def _rows(self, requests: Sequence[Request]) -> "Iterator[tuple[Loop, list[Row]]]":

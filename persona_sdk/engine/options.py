@@ -24,7 +24,7 @@ class EngineOptions(FrozenConfig):
     host_bytes: int = Field(2**30, ge=0, description="adapters in host memory")
     disk_bytes: int = Field(4 * 2**30, ge=0, description="adapters as flat files in `flat_folder`")
     flat_folder: Path | None = Field(
-        None, description="folder for flat files; emptied when opened and closed"
+        None, description="of this process alone; emptied at open and close. None: no flat files"
     )
     fused: bool = Field(True, description="use the fused forward pass where the architecture is known")
     calibrate: bool = Field(True, description="choose kernels by measuring this machine once")

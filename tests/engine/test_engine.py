@@ -249,7 +249,7 @@ def test_ops_of_a_step_are_bounded_whatever_the_number_of_distinct_adapters(engi
     sites = 4 * len(tiny.module.model.layers)
     assert base > 20  # the counter sees the step
     # Kernels may differ with the number of adapters; none of them loops over adapters.
-    assert max(counts) <= base + 8 * sites
+    assert max(counts) <= base + 24 * sites
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma"])

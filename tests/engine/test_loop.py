@@ -104,7 +104,7 @@ def test_every_row_gets_what_it_gets_alone_whatever_arrives_and_leaves_when(engi
 
 def nothing_is_held(engine: Engine) -> bool:
     loop = engine._loop
-    return loop is None or (loop.idle and loop.pool.used == 0 and loop.tiers.stats().pinned == 0)
+    return loop is None or (loop.idle and loop.pool.used == 0 and loop.tiers.stats().held == 0)
 
 
 def test_everything_is_given_back(engine, tiny):
