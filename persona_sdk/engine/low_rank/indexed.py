@@ -13,8 +13,8 @@ then by slot, so that a slot shared by many rows is read from memory once, while
 in its own order: its result depends on no other row, bit for bit.
 
 A block is read once from front to back, all A's of a site and then all its B's: one stream for the hardware's
-prefetcher. With an adapter per row that took a sixth less time than A and B of each direction in turn. Several
-directions at a time (more streams), prefetch instructions and blocks of rows were slower or no faster.
+prefetcher. That took up to a sixth less time than A and B of each direction in turn; several directions at a
+time (more streams), prefetch instructions and blocks of rows were slower or no faster.
 """
 
 import logging
