@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import BenchmarkError
-from persona_sdk.engine import Engine, Request
+from persona_sdk.engine import Engine, EngineOptions, Request
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import CompositionPlan, LowRankPatch
 from persona_sdk.tensors import Digest, TensorBundle, digest, low_rank_bundle, low_rank_pairs
@@ -48,29 +48,33 @@ class Base:
 
 
 class Ours:
-    """`persona_sdk.engine`, by the steps the engine itself takes: admit the rows, bind them, go forward."""
+    """The engine's branch on the model's own modules: what the base runs, with hooks on its linears.
+
+    The fused forward pass is left out, so that only the branch differs from the base; `benchmarks.serve`
+    measures the engine as it is served.
+    """
 
     def __init__(self, model: LanguageModel, factors: Sequence[TensorBundle]) -> None:
         copied = LanguageModel(model.name, shared_copy(model.module), model.tokenizer, model.fingerprint)
-        self.engine = Engine(copied)
+        self.engine = Engine(copied, EngineOptions(fused=False, max_rows=64, prefix_bytes=0))
         self._patches = [_patch(bundle) for bundle in factors]
         self._tensors = {patch.factors: bundle for patch, bundle in zip(self._patches, factors, strict=True)}
 
     @contextmanager
     def assigned(self, adapters: Sequence[int]) -> Iterator[Forward]:
-        """The module with the rows' factors bound around every call, as in a generation."""
-        rows, _ = self.engine._admit(self._requests(adapters))
-
-        def forward(**inputs: Any) -> Any:
-            with self.engine._forward(rows):
-                return self.engine.model.module(**inputs)
-
-        yield forward
+        """The module with the rows' slots bound around every call, as in a generation."""
+        with self.engine.bench(self._requests(adapters)) as steps:
+            yield steps.bound(self.engine.model.module)
 
     def admission(self, adapters: Sequence[int]) -> Callable[[], object]:
-        """What the engine does once per batch before its first forward pass: write every row's factors."""
+        """What the engine does when a batch of rows is admitted whose adapters have their slots already."""
         requests = self._requests(adapters)
-        return lambda: self.engine._admit(requests)
+
+        def admit() -> None:
+            with self.engine.reserved(requests):
+                pass
+
+        return admit
 
     def _requests(self, adapters: Sequence[int]) -> list[Request]:
         base = self.engine.model.fingerprint

@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from persona_sdk import weights
+from persona_sdk import files, weights
 from persona_sdk.errors import PersonaError
 
 PACKAGE = "persona-sdk"
@@ -90,7 +90,7 @@ def _device() -> Check:
 
 
 def _cache() -> Check:
-    folder = weights.cache_dir()
+    folder = files.cache_dir()
     hint = "Set PERSONA_CACHE to a folder that can be written."
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -112,7 +112,7 @@ def _models() -> list[Check]:
 
 
 def _disk() -> Check:
-    folder = weights.cache_dir().absolute()
+    folder = files.cache_dir().absolute()
     existing = next(parent for parent in [folder, *folder.parents] if parent.is_dir())
     free = shutil.disk_usage(existing).free
     needed = SPARE_BYTES if all(row.cached for row in weights.known()) else CONVERSION_BYTES

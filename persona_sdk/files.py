@@ -1,4 +1,7 @@
-"""Durable files: whole or absent, also after a crash. Written beside the target, synced, renamed."""
+"""Durable files: whole or absent, also after a crash. Written beside the target, synced, renamed.
+
+And the one folder for files that need not be durable.
+"""
 
 import os
 import uuid
@@ -39,3 +42,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none."""
     with replacing(path) as partial:
         partial.write_bytes(data)
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made anew: weights, fingerprints, measured costs. Not created here.
+
+    ``PERSONA_CACHE`` names it, else it lies in the user's cache folder.
+    """
+    if chosen := os.environ.get("PERSONA_CACHE"):
+        return Path(chosen).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "persona_sdk"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from persona_sdk import files, weights
+from persona_sdk import files
 
 logger = logging.getLogger("persona_sdk.fingerprints")
 
@@ -20,7 +20,7 @@ def recorded(folder: Path, kind: str, compute: Callable[[], str]) -> str:
     """
     state = _state(folder)
     key = hashlib.sha256(json.dumps([2, kind, str(folder.resolve()), state]).encode()).hexdigest()
-    record = weights.cache_dir() / "fingerprints" / f"{key}.json"
+    record = files.cache_dir() / "fingerprints" / f"{key}.json"
     try:
         known = json.loads(record.read_text())["fingerprint"]
         if isinstance(known, str) and len(known) == 64 and set(known) <= set("0123456789abcdef"):

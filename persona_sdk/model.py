@@ -127,7 +127,8 @@ class PersonaModel:
 
     def chat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
         """The base model's own answer: an empty plan, nobody's memory."""
-        return self.chat_batch([(None, messages)], seed=seed, **options)[0]
+        replies: list[Reply] = self.chat_batch([(None, messages)], seed=seed, **options)
+        return replies[0]
 
     @overload
     def chat_batch(
@@ -185,7 +186,7 @@ class PersonaModel:
         self, persona: Persona | None, messages: Messages, *, seed: int = 0, **options: Any
     ) -> Reply:
         """Answer one persona without blocking the event loop. Cancelling the task ends the row."""
-        stream = await asyncio.to_thread(self.stream, persona, messages, seed=seed, **options)
+        stream: ReplyStream = await asyncio.to_thread(self.stream, persona, messages, seed=seed, **options)
         async for _ in stream:
             pass
         return stream.reply

@@ -64,7 +64,8 @@ class Persona:
             seed: of the sampling stream; greedy decoding does not use it.
             **options: see `persona_sdk.compose.ChatOptions` (``max_new_tokens``, ``do_sample``, ...).
         """
-        return self._model.chat_batch([(self, messages)], seed=seed, **options)[0]
+        replies: list[Reply] = self._model.chat_batch([(self, messages)], seed=seed, **options)
+        return replies[0]
 
     async def achat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
         """`chat` without blocking the event loop. Cancelling the task ends the reply."""
@@ -269,7 +270,7 @@ class Persona:
 
         Args:
             folder: where; peft and vLLM load it unchanged.
-            **options: see `persona_sdk.materialize.materialize` (``partial``, ``rank``, ``groups``, ``adjust``).
+            **options: ``partial``, ``rank``, ``groups``, ``adjust``; see `materialize.materialize`.
 
         Raises:
             CompositionError: something that a PEFT folder cannot hold takes part, and ``partial`` is false.

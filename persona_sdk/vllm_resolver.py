@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from persona_sdk import weights
+from persona_sdk import files, weights
 from persona_sdk.adapter_composition import compose_adapters
 from persona_sdk.errors import IncompatibleAdapterError, ModelError, NotFoundError
 from persona_sdk.fingerprints import recorded
@@ -72,7 +72,7 @@ class PersonaResolver:
             return None
         return cls(
             Path(store).expanduser(),
-            Path(environment.get("PERSONA_EXPORTS") or weights.cache_dir() / "exports").expanduser(),
+            Path(environment.get("PERSONA_EXPORTS") or files.cache_dir() / "exports").expanduser(),
             model=environment.get("PERSONA_MODEL") or None,
             partial=environment.get("PERSONA_EXPORT_PARTIAL", "") == "1",
         )

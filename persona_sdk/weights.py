@@ -18,14 +18,13 @@ Everything in it can be deleted at any time. Hub files stay in the hub's own cac
 
 import difflib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from persona_sdk import hub, wheels
+from persona_sdk import files, hub, wheels
 from persona_sdk.errors import ModelError, UnknownModelError
 from persona_sdk.wheels import WheelSource
 
@@ -68,14 +67,6 @@ class KnownModel:
     licence: str
     cached: bool
     bytes: int
-
-
-def cache_dir() -> Path:
-    """Folder for weights and fingerprints; see the module's docstring. Not created here."""
-    if chosen := os.environ.get("PERSONA_CACHE"):
-        return Path(chosen).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "persona_sdk"
 
 
 def resolve(name: str, *, progress: bool = False) -> Path:
@@ -143,7 +134,7 @@ def size_on_disk(folder: Path) -> int:
 
 def _folder_of(alias: str) -> Path:
     # The hash in the name lets two versions of the SDK with different sources share one cache.
-    return cache_dir() / "models" / f"{alias}-{ALIASES[alias].sha256[:12]}"
+    return files.cache_dir() / "models" / f"{alias}-{ALIASES[alias].sha256[:12]}"
 
 
 def _suggestion(name: str) -> str:

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persona_sdk import hub, weights, wheels
+from persona_sdk import files, hub, weights, wheels
 from persona_sdk.errors import DownloadError, ModelError, UnknownModelError
 from persona_sdk.wheels import WheelSource
 
@@ -317,12 +317,12 @@ def test_no_name_does_anything_but_resolve_or_raise(name):
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("PERSONA_CACHE", "~/chosen")
-    assert weights.cache_dir() == Path.home() / "chosen"
+    assert files.cache_dir() == Path.home() / "chosen"
     monkeypatch.delenv("PERSONA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert weights.cache_dir() == tmp_path / "persona_sdk"
+    assert files.cache_dir() == tmp_path / "persona_sdk"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/invalid")
-    assert weights.cache_dir() == Path.home() / ".cache" / "persona_sdk"
+    assert files.cache_dir() == Path.home() / ".cache" / "persona_sdk"
 
 
 # The hub

@@ -138,7 +138,7 @@ class Engine:
             self._check(request)
         if not requests:
             return []
-        with self._rows([replace(request, keep_prefix=False) for request in requests]) as (loop, rows):
+        with self.reserved([replace(request, keep_prefix=False) for request in requests]) as (loop, rows):
             lengths = [row.remaining for row in rows]
             new = [row.chunk(length) for row, length in zip(rows, lengths, strict=True)]
             out = loop.forward_pass([row.number for row in rows], new, every=True)
@@ -164,7 +164,7 @@ class Engine:
         """Single passes over fixed rows, to be timed; see `engine.steps`. Nothing else runs meanwhile."""
         for request in requests:
             self._check(request)
-        with self._rows([replace(request, keep_prefix=False) for request in requests]) as (loop, rows):
+        with self.reserved([replace(request, keep_prefix=False) for request in requests]) as (loop, rows):
             steps = FixedSteps(loop, tuple(rows))
             steps.prefill()
             yield steps
@@ -196,8 +196,8 @@ class Engine:
             self._loop.tiers.clear()
 
     @contextmanager
-    def _rows(self, requests: Sequence[Request]) -> "Iterator[tuple[Loop, list[Row]]]":
-        """Rows of their own between two steps, freed at the end."""
+    def reserved(self, requests: Sequence[Request]) -> "Iterator[tuple[Loop, list[Row]]]":
+        """Rows of these requests between two steps of the loop, freed at the end. The loop waits."""
         with self._stepping, torch.inference_mode():
             loop = self._ready_loop()
             rows: list[Row] = []

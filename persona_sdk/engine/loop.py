@@ -22,6 +22,7 @@ from persona_sdk.engine.forward.batch import PackedBatch, RowTokens, pack
 from persona_sdk.engine.forward.pool import KEYS, TokenPool
 from persona_sdk.engine.generation import Generation
 from persona_sdk.engine.low_rank.arena import Slot
+from persona_sdk.engine.low_rank.calibration import branch_dtype
 from persona_sdk.engine.low_rank.rows import BoundPatch, PatchTable
 from persona_sdk.engine.low_rank.tiers import AdapterTiers
 from persona_sdk.engine.options import EngineOptions
@@ -55,8 +56,7 @@ class Loop:
         self.pool = TokenPool(
             forward.layers, device=model.device, dtype=forward.cache_dtype, budget_bytes=options.kv_bytes
         )
-        # On CPUs the branch stays in float32: batched bfloat16 products are slower there, not faster.
-        dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+        dtype = branch_dtype(model.device, model.dtype, calibrate=options.calibrate)
         self.tiers = AdapterTiers(forward.sites, device=model.device, dtype=dtype, options=options.tiers())
         self.patches = PatchTable(calibrate=options.calibrate)
         shape = KVShape.of(forward.layers, forward.cache_dtype)

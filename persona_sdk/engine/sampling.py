@@ -376,36 +376,3 @@ def _nucleus_edge(
     within = weights[inside[order]]
     before = within.cumsum(0) - within + (cumulative[edge - 1] if edge else 0.0)
     return values[int((before < needed).sum().clamp(min=1)) - 1]
-
-
-# --- the chooser of a fixed batch, for as long as engine.py holds one ---------------------------------
-
-
-def uniforms(seed: int, count: int) -> Float[Tensor, " n"]:
-    """The first `count` uniforms (rounded up to a block) of a seed's stream, float64 in [0, 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = [
-        torch.rand(_BLOCK, generator=generator, dtype=torch.float64) for _ in range(-(-count // _BLOCK))
-    ]
-    return torch.cat(blocks)
-
-
-class TokenChooser:
-    """`choose` for a batch whose rows all start and end together."""
-
-    def __init__(
-        self,
-        options: Sequence[GenerationOptions],
-        rules: Sequence[Sequence[DecodingRule]],
-        seeds: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        *,
-        vocab: int,
-        device: torch.device,
-    ) -> None:
-        rows = zip(options, rules, seeds, prompts, strict=True)
-        self._samplers = [RowSampler(*row, vocab=vocab, device=device) for row in rows]
-
-    def choose(self, logits: Float[Tensor, "rows vocab"], step: int) -> Int[Tensor, " rows"]:
-        """The next token of every row; `step` counts generated tokens from 0."""
-        return choose(logits, self._samplers).tokens

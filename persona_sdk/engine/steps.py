@@ -5,12 +5,15 @@ steps.prefill()          every row's whole prompt in one pass
 steps.decode()           one token of every row; rows keep their length, so it can be repeated
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from persona_sdk.engine.forward.batch import RowTokens
+from persona_sdk.engine.forward.general import GeneralForward
 from persona_sdk.engine.row import Row
 from persona_sdk.engine.sampling import choose
 
@@ -39,6 +42,19 @@ class FixedSteps:
     def decode(self) -> tuple[int, ...]:
         """Compute the next token of every row, and forget it."""
         return self._pass([row.step() for row in self.rows])
+
+    def bound(self, module: Any) -> Callable[..., Any]:
+        """The model's own module with these rows' branches on its linears, for the general pass alone."""
+        forward, numbers = self.loop.forward, [row.number for row in self.rows]
+        assert isinstance(forward, GeneralForward)
+
+        def call(input_ids: Tensor, **inputs: Any) -> Any:
+            lengths = [input_ids.shape[1]] * len(numbers)
+            branches = self.loop.patches.batch(numbers, lengths, input_ids.device)
+            with forward.applying(branches):
+                return module(input_ids=input_ids, **inputs)
+
+        return call
 
     @torch.inference_mode()
     def _pass(self, parts: list[RowTokens]) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def test_bfloat16_base_keeps_the_branch_in_float32(tiny):
     with torch.inference_mode():
         expected = merged(tiny, [(factors, (1.0,) * 4)]).module(torch.tensor([PROMPTS[0]])).logits[0]
     torch.testing.assert_close(logits.float(), expected, atol=0.1, rtol=0.1)
-    with engine._rows([row]) as (_, [admitted]):
+    with engine.reserved([row]) as (_, [admitted]):
         assert [slot.arena.data.dtype for slot in admitted.slots] == [torch.float32]
     engine.close()
 

@@ -185,8 +185,8 @@ def test_cancelling_the_waiting_task_cancels_the_row(engine, tiny):
 class TestSteering:
     def test_a_new_gate_holds_from_the_next_token_on(self, engine, solo, tiny):
         factors = random_factors(tiny, 1, scale=0.6)
-        weak = request(tiny, PROMPTS[0], (patch(factors, (0.0,) * 4),), (factors,), max_new_tokens=100)
-        weak = replace(weak, plan=replace(weak.plan, options=weak.plan.options.model_copy(update={"ignore_eos": True})))
+        options = {"max_new_tokens": 100, "ignore_eos": True}
+        weak = request(tiny, PROMPTS[0], (patch(factors, (0.0,) * 4),), (factors,), **options)
         generation = engine.submit(weak)
         for index, _ in enumerate(generation):
             if index == 5:
@@ -199,7 +199,7 @@ class TestSteering:
         assert completion.tokens[: steer.token] == unsteered.tokens[: steer.token]
         assert completion.tokens != unsteered.tokens
         # The same by hand: keys and values up to there under the old gate, everything after under the new.
-        with solo._rows([replace(weak, keep_prefix=False)]) as (loop, [row]):
+        with solo.reserved([replace(weak, keep_prefix=False)]) as (loop, [row]):
             while row.remaining:
                 logits = loop.forward_pass([row.number], [row.chunk(row.remaining)])
                 row.past += row.remaining
@@ -275,7 +275,8 @@ class TestKeptPrefixes:
         head, tail = replace(row, prompt=row.prompt[:20]), replace(row, prompt=row.prompt[20:])
         with Engine(tiny, EngineOptions(fused=fused)) as engine:
             bundle = freeze(engine.keys_values(head))
-            part = KVPrefix(cache=digest(bundle), length=20, origin="notes", composition=composition_key(row.plan))
+            under = composition_key(row.plan)
+            part = KVPrefix(cache=digest(bundle), length=20, origin="notes", composition=under)
             plan = replace(tail.plan, parts=(*tail.plan.parts, part))
             short = replace(tail, plan=plan, tensors={**tail.tensors, part.cache: bundle})
             assert engine.generate([short])[0].tokens == solo.generate([row])[0].tokens
@@ -290,10 +291,13 @@ class TestFaults:
 
     def test_a_full_queue(self, tiny):
         with Engine(tiny, EngineOptions(max_rows=1, queue_limit=2)) as engine:
-            rows = [request(tiny, PROMPTS[0], max_new_tokens=300, ignore_eos=True)] * 2
+            row = request(tiny, PROMPTS[0], max_new_tokens=300, ignore_eos=True)
+            generations = [engine.submit(row)]
+            while generations[0].admitted is None:
+                time.sleep(0.001)
+            generations += [engine.submit(row), engine.submit(row)]
             with pytest.raises(QueueFullError) as caught:
-                for _ in range(3):
-                    generations = [engine.submit(each) for each in rows]
+                engine.submit(row)
             assert caught.value.retryable
             for generation in generations:
                 generation.cancel()
@@ -309,7 +313,8 @@ class TestFaults:
     def test_requests_that_fit_only_one_after_another_all_run(self, tiny, solo):
         rows = [request(tiny, PROMPTS[0], max_new_tokens=100, ignore_eos=True, seed=n) for n in range(5)]
         with Engine(tiny, EngineOptions(kv_bytes=130 * 2 * 2 * 2 * 8 * 4)) as engine:
-            assert [c.tokens for c in engine.generate(rows)] == [solo.generate([row])[0].tokens for row in rows]
+            alone = [solo.generate([row])[0].tokens for row in rows]
+            assert [completion.tokens for completion in engine.generate(rows)] == alone
 
     def test_an_adapter_that_cannot_be_read_at_admission(self, engine, solo, tiny):
         class Broken(UserDict):

@@ -1,4 +1,4 @@
-"""The token pool: what is written is read back, slots have one owner, budgets hold, full devices are survived."""
+"""The token pool: what is written is read back, a slot has one owner, budgets hold, full devices do no harm."""
 
 import numpy as np
 import pytest

@@ -62,7 +62,7 @@ class GeneralForward:
             inputs = {"inputs_embeds": layout.spread(embeds)}
         else:
             inputs = {"input_ids": layout.spread(batch.tokens)}
-        with self._model.lock, self._bound(branches):
+        with self.applying(branches):
             out = self._model.module(
                 **inputs,
                 attention_mask=self._masks(layout),
@@ -87,12 +87,14 @@ class GeneralForward:
         return made if len(made) > 1 else next(iter(made.values()))
 
     @contextmanager
-    def _bound(self, branches: Branches | None) -> Iterator[None]:
-        self._branches = branches
-        try:
-            yield
-        finally:
-            self._branches = None
+    def applying(self, branches: Branches | None) -> Iterator[None]:
+        """Add these branches to whatever the model computes inside the block. Waits for the model's lock."""
+        with self._model.lock:
+            self._branches = branches
+            try:
+                yield
+            finally:
+                self._branches = None
 
     def _hook_for(self, site: Site) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

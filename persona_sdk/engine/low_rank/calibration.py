@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from persona_sdk import weights
+from persona_sdk import files
 from persona_sdk.engine.low_rank.batch import LowRankBatch
 from persona_sdk.engine.low_rank.blocks import BlockLayout
 from persona_sdk.engine.low_rank.costs import DEFAULT, PRECISIONS, CostModel, fit, load, work
@@ -87,7 +87,7 @@ def cost_model(device: torch.device, *, calibrate: bool = True) -> CostModel:
     """The costs of this machine, measured at most once; the fixed `DEFAULT` without calibration."""
     if not calibrate:
         return DEFAULT
-    return _kept(device, torch.get_num_threads(), weights.cache_dir() / "kernels")
+    return _kept(device, torch.get_num_threads(), files.cache_dir() / "kernels")
 
 
 def branch_dtype(device: torch.device, base: torch.dtype, *, calibrate: bool = True) -> torch.dtype:
