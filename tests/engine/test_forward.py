@@ -12,6 +12,7 @@ from persona_sdk.engine.forward.base import Forward
 from persona_sdk.engine.forward.batch import RowTokens, pack
 from persona_sdk.engine.forward.fused import FusedForward
 from persona_sdk.engine.forward.general import GeneralForward
+from persona_sdk.engine.forward.norms import rms_norm
 from persona_sdk.engine.forward.packed import PackedLinear
 from persona_sdk.engine.forward.pool import TokenPool
 from persona_sdk.engine.forward.select import disagreement, forward_of
@@ -195,6 +196,18 @@ def test_a_row_with_nan_stays_nan_in_compiled_attention_and_others_do_not():
     compiled(*arrays, 1.0, 1, out.numpy())
     assert out[0].isnan().all()
     assert out[1].isfinite().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 2**16))
+def test_rms_norm_is_the_formula_and_keeps_nan(rows, width, seed):
+    torch.manual_seed(seed)
+    x, weight = 10 * torch.randn(rows, width), torch.randn(width)
+    x[0, 0] = float("nan")
+    out = rms_norm(x, weight, 1e-5)
+    expected = x.double() / (x.double().pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * weight
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4, equal_nan=True)
+    assert out[0].isnan().all()
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,4 +1,4 @@
-"""The token pool: what is written is read back, a slot has one owner, budgets hold, full devices do no harm."""
+"""The token pool: what is written is read back, a slot has one owner, budgets and full devices."""
 
 import numpy as np
 import pytest

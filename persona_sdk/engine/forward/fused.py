@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from persona_sdk.engine.forward.architectures import Block, Blocks, norm_of
 from persona_sdk.engine.forward.attention import attend, decode_attention, rotate
 from persona_sdk.engine.forward.base import Branches, embedded
 from persona_sdk.engine.forward.batch import PackedBatch
+from persona_sdk.engine.forward.norms import rms_norm
 from persona_sdk.engine.forward.packed import PackedLinear
 from persona_sdk.engine.forward.pool import LayerShape, TokenPool
 from persona_sdk.engine.low_rank.sites import Site, SiteModule
@@ -140,7 +140,7 @@ class _Attention:
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
     weight, epsilon = norm_of(norm)
-    return F.rms_norm(x, weight.shape, weight, epsilon)
+    return rms_norm(x, weight, epsilon)
 
 
 def _site(index: int, linears: Sequence[nn.Linear], paths: Sequence[str]) -> Site:
