@@ -118,6 +118,7 @@ class Arena:
     def _replace(self, data: Float[Tensor, "slots size"]) -> None:
         both = min(len(data), len(self.data))
         data[:both].copy_(self.data[:both])
+        data[both:].zero_()  # what was in this memory before is nobody's business
         self.data.zero_()  # adapters may be forgotten later, when this memory is out of reach
         self.data = data
 

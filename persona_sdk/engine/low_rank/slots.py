@@ -2,7 +2,9 @@
 
 Slots in use are counted, and never moved or overwritten. Those nobody uses wait in their arena's two queues
 (a segmented LRU): an adapter used once is on probation, one used again is protected, and the one longest on
-probation goes first. A scan of adapters that are used once so passes by those that come back.
+probation goes first. A scan of adapters that are used once so passes by those that come back. As many keys of
+evicted adapters are remembered as there are slots: one that returns was used again, so that new favourites
+displace old ones also when they did not fit side by side.
 
     used once ──release──► probation ──used again, released──► protected (at most 3/4 of the slots)
                               │  ▲                                  │
@@ -53,11 +55,12 @@ class Resident:
 
 @dataclass(eq=False)
 class Shelf:
-    """An arena with those of its residents nobody uses, oldest first, and the slots that are in use."""
+    """An arena with its residents nobody uses, oldest first, those it evicted, and the slots in use."""
 
     arena: Arena
     probation: OrderedDict[Key, Resident] = field(default_factory=OrderedDict)
     protected: OrderedDict[Key, Resident] = field(default_factory=OrderedDict)
+    evicted: OrderedDict[Key, None] = field(default_factory=OrderedDict)
     held: set[int] = field(default_factory=set)
 
     @property
@@ -91,6 +94,16 @@ class Shelf:
         if len(self.protected) > self.arena.slots * 3 // 4:
             oldest, demoted = self.protected.popitem(last=False)
             self.probation[oldest] = demoted
+
+    def returns(self, key: Key) -> bool:
+        """Whether an adapter comes back that was evicted not long ago."""
+        return self.evicted.pop(key, 0) is None
+
+    def remember(self, key: Key) -> None:
+        """An adapter is evicted."""
+        self.evicted[key] = None
+        if len(self.evicted) > self.arena.slots:
+            self.evicted.popitem(last=False)
 
     def victim(self) -> Resident:
         """Who has to go first."""
@@ -162,12 +175,13 @@ class SlotTier:
         if index is None:
             return None
         shelf.arena.write(index, block)
-        resident = Resident(key, Slot(shelf.arena, index, key.rank, key.digest), forgotten=forgotten)
-        self._holders[resident.slot] = resident
+        slot = Slot(shelf.arena, index, key.rank, key.digest)
+        resident = Resident(key, slot, uses=1 + shelf.returns(key), forgotten=forgotten)
+        self._holders[slot] = resident
         if not forgotten:
             self._residents[key] = resident
         shelf.hold(resident)
-        return resident.slot
+        return slot
 
     def release(self, slot: Slot) -> None:
         """One user less."""
@@ -187,6 +201,8 @@ class SlotTier:
 
     def forget(self, key: Key) -> None:
         """Erase an adapter: now if nobody uses it, else when the last user lets go."""
+        for shelf in self._shelves.values():
+            shelf.evicted.pop(key, None)
         resident = self._residents.pop(key, None)
         if resident is None:
             return
@@ -280,5 +296,6 @@ class SlotTier:
         if not resident.forgotten:
             del self._residents[resident.key]
             self.evictions += 1
+            shelf.remember(resident.key)
             self._evicted(resident)
         slot.arena.give(slot.index, erase=erase)
