@@ -43,10 +43,12 @@ def grid(*, quick: bool, dtype: str, threads: int, with_vllm: bool) -> list[Cell
     everybody = (*plain, *PEFT, *(("vllm lora",) if with_vllm else ()))
     if with_vllm and quick:
         plain, everybody = (*plain, "vllm"), (*everybody, "vllm")
-    points: list[tuple[Any, int, int, int, tuple[str, ...]]] = [("decode", ROWS, WIDTH, ROWS, everybody)]
-    if quick:
-        points.append(("prefill", 8, 8, 8, tuple(name for name in everybody if name != "switching")))
+    points: list[tuple[Any, int, int, int, tuple[str, ...]]]
+    if quick:  # 32 switches a step take seconds
+        patient = tuple(name for name in everybody if name != "switching")
+        points = [("decode", ROWS, WIDTH, ROWS, patient), ("prefill", 8, 8, 8, everybody)]
     else:
+        points = [("decode", ROWS, WIDTH, ROWS, everybody)]
         points += [("decode", ROWS, WIDTH, personas, everybody) for personas in (8, 1)]
         points += [("prefill", ROWS, 32, ROWS, plain), ("prefill", 8, 32, 8, everybody)]
     return [

@@ -24,6 +24,7 @@ class Worker:
         self.engine: Any = None
         self.loras: dict[str, Any] = {}
         self.batch = 0
+        self.names: list[str] = []
 
     def open(
         self,
@@ -68,6 +69,7 @@ class Worker:
                     self.loras[adapter] = LoRARequest(f"a{len(self.loras)}", len(self.loras) + 1, adapter)
                 lora = self.loras[adapter]
             name = f"{self.batch}.{row}"
+            self.names.append(name)
             self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling, lora_request=lora)
         return {}
 
@@ -80,12 +82,11 @@ class Worker:
         return {**seconds, "tokens": [tokens[row] for row in sorted(tokens)]}
 
     def stop(self) -> dict[str, Any]:
-        """Finish all rows, so that the next batch starts from nothing."""
-        while self.engine.has_unfinished_requests():
-            self.engine.abort_request(
-                [request.request_id for request in list(self.engine.output_processor.request_states.values())]
-            )
-            self.engine.step()
+        """Drop all rows, so that the next batch starts from nothing."""
+        self.engine.abort_request(self.names)
+        self.names = []
+        if self.engine.has_unfinished_requests():
+            raise RuntimeError("vLLM did not let go of aborted requests")
         return {}
 
 
