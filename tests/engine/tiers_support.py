@@ -65,6 +65,7 @@ def take(of: AdapterTiers, number: int, load: Callable[[], TensorBundle] | None 
 def use(of: AdapterTiers, *numbers: int) -> None:
     for number in numbers:
         of.release(take(of, number))
+    settle(of)
 
 
 def holds(slot: Slot, factors: TensorBundle) -> bool:

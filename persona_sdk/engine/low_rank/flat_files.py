@@ -164,17 +164,23 @@ class FlatFiles:
 
     def forget(self, keys: Iterable[Key]) -> None:
         """Overwrite the files of these adapters with zeros and delete them; ends when they are gone."""
-        for key in keys:
-            with self._lock:
-                file = self._files.get(key)
-                if file is None:
-                    continue
-                written, writing = file in self._checksums, file in self._writing
+        self.erase(self.retract(keys))
+
+    def retract(self, keys: Iterable[Key]) -> list[FlatFile]:
+        """The quick half of `forget`: from now on these are not found."""
+        with self._lock:
+            found = [file for key in keys if (file := self._files.get(key)) is not None]
+            for file in found:
+                if file not in self._writing:
+                    file.done.set()
                 self._drop(file, unlink=False)
-            if written:
-                _erase(file)
-            elif writing:
-                file.done.wait()  # the writer sees that it was forgotten and erases the file itself
+        return found
+
+    def erase(self, retracted: Iterable[FlatFile]) -> None:
+        """The other half: zeros over the files, then no files."""
+        for file in retracted:
+            file.done.wait()
+            _erase(file)
 
     def keys(self) -> tuple[Key, ...]:
         """All that is here or being written."""

@@ -10,7 +10,8 @@ one goes when its last row lets go. Only adapters that were touched are known, a
 the same whatever their number.
 
 One lock guards the books and the copies between host and device. It is never held over `load`, over packing
-or over a file; meanwhile a *flight* stands for the adapter, and whoever wants the same one waits for it.
+or over a file; meanwhile a *flight* stands for the adapter, and whoever wants the same one waits for it. One
+thread fetches ahead and writes the files; who evicts faster than it writes has to write one himself.
 """
 
 import logging
@@ -44,11 +45,15 @@ logger = logging.getLogger("persona_sdk.engine")
 
 Load: TypeAlias = Callable[[], TensorBundle]
 
+_UNWRITTEN = 4  # blocks out of host memory that may wait for the disk, beyond the host's budget
 _REMEMBERED = 1024  # layouts of adapters that found no slot, so that waiting does not load them again
 
 
 class TierOptions(FrozenConfig):
-    """Budgets in bytes. They are limits, not reservations; while an arena grows, both sizes are there."""
+    """Budgets in bytes. They are limits, not reservations.
+
+    Beyond them are, for a moment, an arena's former size while it grows, and a few blocks on their way.
+    """
 
     device_bytes: int = Field(2**30, ge=1, description="adapters in device slots")
     host_bytes: int = Field(2**30, ge=0, description="adapters in host memory; 0 keeps none")
@@ -93,6 +98,15 @@ class _Flight:
     forgotten: bool = False
 
 
+@dataclass(eq=False)
+class _Spill:
+    """A block that went out of host memory, until it is in its file."""
+
+    file: FlatFile
+    block: Block
+    taken: bool = False
+
+
 @dataclass
 class _Counts:
     device: int = 0
@@ -125,7 +139,7 @@ class AdapterTiers:
         self._news = threading.Condition(self._lock)
         self._flights: dict[Key, _Flight] = {}
         self._queue: OrderedDict[Key, Load] = OrderedDict()  # to prefetch
-        self._spills: list[tuple[FlatFile, Block]] = []
+        self._spills: OrderedDict[Key, _Spill] = OrderedDict()
         self._layouts: dict[tuple[int, frozenset[str]], BlockLayout] = {}
         self._no_room: OrderedDict[Key, BlockLayout] = OrderedDict()
         self._ranks: set[int] = set()
@@ -162,6 +176,11 @@ class AdapterTiers:
                     if block is not None:
                         self._counts.host += 1
                         return self._place(key, block)
+                    if key in self._spills:  # not written yet
+                        self._counts.host += 1
+                        block = self._spills[key].block
+                        self._keep(key, block)
+                        return self._place(key, block)
                     flight = self._flights.get(key)
                     own = flight is None
                     if flight is None:
@@ -171,7 +190,8 @@ class AdapterTiers:
                     return self._fly(flight, key, load, place=True)
                 flight.landed.wait()
         finally:
-            self._write_spills()
+            while self._write_spill(beyond=_UNWRITTEN):
+                pass
 
     def release(self, slot: Slot) -> None:
         """One user less."""
@@ -189,10 +209,7 @@ class AdapterTiers:
                 return
             self._ranks.add(rank)
             self._queue[key] = load
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="persona-prefetch", daemon=True)
-                self._worker.start()
-            self._news.notify()
+            self._wake()
 
     def resident(self, digest: Digest) -> bool:
         """Whether an adapter stands in a slot."""
@@ -225,7 +242,7 @@ class AdapterTiers:
         """Erase everything."""
         with self._lock:
             keys = {*self._slots.keys(), *self._host.keys(), *self._files.keys(), *self._flights}
-            keys.update(self._queue)
+            keys.update(self._queue, self._spills)
             self._no_room.clear()
         self._forget(list(keys))
 
@@ -253,11 +270,11 @@ class AdapterTiers:
                     flight.forgotten = True
                 self._host.forget(key)
                 self._slots.forget(key)
-            dropped = set(keys)
-            for file, block in self._spills:
-                if file.key in dropped:
-                    block.erase()
-        self._files.forget(keys)
+                spill = self._spills.pop(key, None)
+                if spill is not None:
+                    spill.block.erase()
+            files = self._files.retract(keys)
+        self._files.erase(files)
 
     # Moving between tiers; with the lock held ----------------------------------------------------------
 
@@ -266,7 +283,7 @@ class AdapterTiers:
             raise EngineStoppedError("The adapter tiers are closed.", hint="Open the engine again.")
 
     def _known(self, key: Key) -> bool:
-        return key in self._slots or key in self._host or key in self._flights
+        return any(key in place for place in (self._slots, self._host, self._flights, self._spills))
 
     def _layout_of(self, key: Key) -> BlockLayout | None:
         """The layout of an adapter that can be told without loading it."""
@@ -297,11 +314,19 @@ class AdapterTiers:
         self._keep(key, Block(slot.arena.layout, data))
 
     def _keep(self, key: Key, block: Block) -> None:
-        """Into host memory; what has to go for it is written to files once the lock is free."""
+        """Into host memory; what has to go for it will be written to files."""
         for other, gone in self._host.put(key, block):
             self._counts.host_evictions += 1
             if other not in self._slots and (file := self._files.begin(other, gone.layout)):
-                self._spills.append((file, gone))
+                self._spills[other] = _Spill(file, gone)
+                self._wake()
+
+    def _wake(self) -> None:
+        """There is something to do for the worker."""
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="persona-tiers", daemon=True)
+            self._worker.start()
+        self._news.notify()
 
     # Loading; without the lock -------------------------------------------------------------------------
 
@@ -346,30 +371,44 @@ class AdapterTiers:
         self._keep(key, block)
         return self._place(key, block) if place else None
 
-    def _write_spills(self) -> None:
-        """Write what went out of host memory to files."""
-        while True:
+    def _write_spill(self, *, beyond: int = 0) -> bool:
+        """Write to its file what went out of host memory first, if more than `beyond` such blocks wait."""
+        with self._lock:
+            spill = next((spill for spill in self._spills.values() if not spill.taken), None)
+            if spill is None or len(self._spills) <= beyond:
+                return False
+            spill.taken = True
+        try:
+            self._files.write(spill.file, spill.block)
+        finally:
             with self._lock:
-                if not self._spills:
-                    return
-                file, block = self._spills.pop()
-            if not self._files.write(file, block):
-                block.erase()
+                if self._spills.get(spill.file.key) is spill:
+                    del self._spills[spill.file.key]
+        return True
 
     def _work(self) -> None:
-        """The prefetching thread."""
+        """The thread that fetches ahead and writes files."""
         while True:
             with self._news:
-                while not self._queue and not self._closed:
+                while not (self._queue or self._closed or self._unwritten()):
                     self._news.wait()
                 if self._closed:
                     return
-                key, load = self._queue.popitem(last=False)
-                if self._known(key) or self._host.ahead_bytes > self._host.budget // 2:
-                    continue
-                flight = self._flights[key] = _Flight()
             try:
-                self._fly(flight, key, load, place=False)
-                self._write_spills()
+                self._fetch_next()
+                self._write_spill()
             except Exception as error:
-                logger.debug("Prefetching adapter %s failed: %s", key.digest[:12], error)
+                logger.debug("Fetching an adapter ahead failed: %r", error)
+
+    def _unwritten(self) -> bool:
+        return any(not spill.taken for spill in self._spills.values())
+
+    def _fetch_next(self) -> None:
+        with self._lock:
+            if not self._queue:
+                return
+            key, load = self._queue.popitem(last=False)
+            if self._known(key) or self._host.ahead_bytes > self._host.budget // 2:
+                return
+            flight = self._flights[key] = _Flight()
+        self._fly(flight, key, load, place=False)
