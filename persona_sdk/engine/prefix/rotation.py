@@ -65,17 +65,20 @@ def pick_recomputed(
     fraction: float,
     *,
     deviation: Float[Tensor, " tokens"] | None = None,
+    leading: float = 0.5,
 ) -> Bool[Tensor, " tokens"]:
     """Which tokens of blocks that stand one after another are computed again.
 
     The first block has nothing before it, so it is kept whole. Of every other block the first
     ``ceil(fraction * length)`` tokens are taken: they are the ones that, computed alone, took the place of
-    the beginning. With `deviation`, half of them (rounded up) are taken so and the rest where it is largest.
+    the beginning. With `deviation`, the share `leading` of them (rounded up) is taken so and the rest where
+    it is largest.
 
     Args:
         lengths: tokens of each block, in order.
         fraction: in [0, 1]; 0 takes none, 1 all.
         deviation: of every token of all blocks, see `key_deviation`.
+        leading: share of the picked tokens that are the first ones. Without `deviation` all are.
 
     Raises:
         InvalidInputError: the fraction is outside [0, 1], or the deviations are not one a token.
@@ -91,11 +94,11 @@ def pick_recomputed(
     start = lengths[0] if lengths else 0
     for length in lengths[1:]:
         count = math.ceil(round(fraction * length, 6))  # 0.07 * 100 is a little more than 7
-        leading = count if deviation is None else (count + 1) // 2
-        picked[start : start + leading] = True
-        if deviation is not None and count > leading:
-            rest = deviation[start + leading : start + length]
+        first = count if deviation is None else math.ceil(leading * count)
+        picked[start : start + first] = True
+        if deviation is not None and count > first:
+            rest = deviation[start + first : start + length]
             order = rest.argsort(descending=True, stable=True)
-            picked[start + leading + order[: count - leading]] = True
+            picked[start + first + order[: count - first]] = True
         start += length
     return picked
