@@ -47,7 +47,7 @@ class Contributor:
         if controls and isinstance(self.adapter, Steerable):
             state = self.adapter.steered(state, controls)
         request = self.request if weight is None else replace(self.request, weight=weight)
-        parts = self.adapter.contribute(state, request).parts
+        parts = self.adapter.contribute(state, request).parts or tuple(map(_off, self.parts))
         if list(map(_without_gate, parts)) != list(map(_without_gate, self.parts)):
             raise CompositionError(
                 f"{self.name!r} cannot be steered so: more than its gates would change.",
@@ -99,6 +99,11 @@ class Steering:
     def _controls(contributor: Contributor) -> tuple[str, ...]:
         adapter = contributor.adapter
         return adapter.controls(contributor.state) if isinstance(adapter, Steerable) else ()
+
+
+def _off(part: PlanPart) -> PlanPart:
+    """What an adapter that contributes nothing any more has become: the same part without effect."""
+    return replace(part, gate=(0.0,) * part.rank) if isinstance(part, LowRankPatch) else part
 
 
 def _without_gate(part: PlanPart) -> object:
