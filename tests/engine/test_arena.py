@@ -6,6 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from persona_sdk.engine import pages
 from persona_sdk.engine.low_rank.arena import Arena, Slot
 from persona_sdk.engine.low_rank.blocks import BlockLayout, layout_of
 from persona_sdk.engine.low_rank.sites import single_sites
@@ -95,7 +96,7 @@ def test_memory_left_behind_holds_nothing() -> None:
 
 
 def test_new_slots_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(shape, 7.0))
+    monkeypatch.setattr(pages, "empty", lambda *shape, **options: torch.full(shape, 7.0))
     slots = arena()
     slots.write(slots.take(1), torch.ones(LAYOUT.size))
     slots.take(4)
@@ -124,14 +125,14 @@ def test_out_of_memory_grows_by_one_and_then_fails_typed(monkeypatch: pytest.Mon
     slots = arena()
     for _ in range(4):
         slots.take(9)
-    real, limit = torch.empty, 5
+    real, limit = pages.empty, 5
 
     def empty(count: int, *rest: int, **options: object) -> torch.Tensor:
         if count > limit:
             raise torch.OutOfMemoryError("not enough memory")
         return real(count, *rest, **options)  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(pages, "empty", empty)
     assert slots.take(9) == 4
     assert slots.slots == 5
     with pytest.raises(DeviceMemoryError, match="beside 5 of its kind") as caught:

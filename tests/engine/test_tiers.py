@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from persona_sdk.engine import pages
 from persona_sdk.errors import (
     BudgetError,
     CorruptBlobError,
@@ -164,14 +165,14 @@ def test_held_slots_keep_another_arena_from_taking_their_room() -> None:
 def test_out_of_memory_reuses_a_slot_or_fails_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     small = tiers(device=8)
     use(small, 1)
-    real = torch.empty
+    real = pages.empty
 
     def empty(*shape: int, **options: object) -> Tensor:
         if len(shape) == 2 and shape[0] > 1:
             raise torch.OutOfMemoryError("not enough memory")
         return real(*shape, **options)  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(pages, "empty", empty)
     held = take(small, 2)
     assert not small.resident(digest(1))
     with pytest.raises(DeviceMemoryError):

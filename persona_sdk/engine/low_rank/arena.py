@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_sdk.engine import pages
 from persona_sdk.engine.low_rank.blocks import BlockLayout
 from persona_sdk.errors import DeviceMemoryError, EngineError
 
@@ -112,8 +113,7 @@ class Arena:
 
     def _allocate(self, slots: int) -> Float[Tensor, "slots size"]:
         # Never an inference tensor: slots are erased outside of passes too.
-        with torch.inference_mode(False):
-            return torch.empty(slots, self.layout.size, device=self._device, dtype=self._dtype)
+        return pages.empty(slots, self.layout.size, dtype=self._dtype, device=self._device)
 
     def _replace(self, data: Float[Tensor, "slots size"]) -> None:
         both = min(len(data), len(self.data))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from persona_sdk import files
+from persona_sdk.engine import pages
 from persona_sdk.engine.low_rank.batch import LowRankBatch
 from persona_sdk.engine.low_rank.blocks import BlockLayout
 from persona_sdk.engine.low_rank.costs import DEFAULT, PRECISIONS, CostModel, fit, load, work
@@ -75,7 +76,7 @@ def synthetic(
     layout = BlockLayout(
         rank, tuple(sites), frozenset(module.path for site in sites for module in site.modules)
     )
-    return SyntheticArena(layout, torch.full((slots, layout.size), 0.01, dtype=dtype, device=device))
+    return SyntheticArena(layout, pages.empty(slots, layout.size, dtype=dtype, device=device).fill_(0.01))
 
 
 @cache
