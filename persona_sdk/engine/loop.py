@@ -58,7 +58,8 @@ class Loop:
         )
         dtype = branch_dtype(model.device, model.dtype, calibrate=options.calibrate)
         self.tiers = AdapterTiers(forward.sites, device=model.device, dtype=dtype, options=options.tiers())
-        self.patches = PatchTable(calibrate=options.calibrate)
+        kernel = None if options.kernel == "auto" else options.kernel
+        self.patches = PatchTable(calibrate=options.calibrate, kernel=kernel)
         shape = KVShape.of(forward.layers, forward.cache_dtype)
         self.prefixes = PrefixCache(
             options.prefix_bytes if shape else 0, shape=shape, spill=spill(shape) if spill and shape else None

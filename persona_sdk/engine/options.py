@@ -1,6 +1,7 @@
 """What an engine may use: rows, tokens per step, bytes per tier."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -27,6 +28,9 @@ class EngineOptions(FrozenConfig):
         None, description="of this process alone; emptied at open and close. None: no flat files"
     )
     fused: bool = Field(True, description="use the fused forward pass where the architecture is known")
+    kernel: Literal["auto", "indexed", "dense", "batched", "segments", "triton"] = Field(
+        "auto", description="of the low-rank branch; auto takes the cheapest by this machine's measured costs"
+    )
     calibrate: bool = Field(True, description="choose kernels by measuring this machine once")
 
     def tiers(self) -> TierOptions:

@@ -14,9 +14,14 @@ from persona_sdk.engine.low_rank.indexed import Indexed
 from persona_sdk.engine.low_rank.kernels import Batched, Dense, Part, Segments
 from persona_sdk.engine.low_rank.lanes import Lane
 from persona_sdk.engine.low_rank.sites import Site
+from persona_sdk.engine.low_rank.triton_indexed import TritonIndexed
 
 _TORCH: Mapping[str, Callable[[Lane, torch.device], Part]] = MappingProxyType(
     {"dense": Dense, "batched": Batched, "segments": Segments}
+)
+# One call adds all lanes of an arena.
+_TOGETHER: Mapping[str, Callable[[Sequence[Lane]], Part]] = MappingProxyType(
+    {"indexed": Indexed, "triton": TritonIndexed}
 )
 
 
@@ -24,19 +29,19 @@ class LowRankBatch:
     """All branches of one pass.
 
     Args:
-        lanes: with the kernel of each. Those of one arena that the compiled kernel adds go in one call.
+        lanes: with the kernel of each. Those of one arena that a slot-indexed kernel adds go in one call.
         device: of the tokens.
     """
 
     def __init__(self, lanes: Sequence[tuple[str, Lane]], device: torch.device) -> None:
-        indexed: dict[int, list[Lane]] = {}
+        together: dict[tuple[str, int], list[Lane]] = {}
         parts: list[tuple[Lane, Part]] = []
         for kernel, lane in lanes:
-            if kernel == "indexed":
-                indexed.setdefault(id(lane.factors), []).append(lane)
+            if kernel in _TOGETHER:
+                together.setdefault((kernel, id(lane.factors)), []).append(lane)
             else:
                 parts.append((lane, _TORCH[kernel](lane, device)))
-        parts += [(together[0], Indexed(together)) for together in indexed.values()]
+        parts += [(found[0], _TOGETHER[kernel](found)) for (kernel, _), found in together.items()]
         self._parts: dict[int, list[Part]] = {}
         for lane, part in parts:
             for site in lane.factors.sites:

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from persona_sdk.engine.low_rank import indexed, triton_indexed
 from persona_sdk.engine.low_rank.batch import LowRankBatch
 from persona_sdk.engine.low_rank.calibration import cost_model
 from persona_sdk.engine.low_rank.costs import CostModel
-from persona_sdk.engine.low_rank.indexed import runs_on
 from persona_sdk.engine.low_rank.lanes import Arena, BoundPatch, Factors, Lane, lanes_of
 from persona_sdk.errors import EngineError
 
@@ -108,8 +108,10 @@ class PatchTable:
 
     def _choose(self, lane: Lane, model: CostModel) -> str:
         able = {"batched", "segments"}
-        if runs_on(lane.data):
+        if indexed.runs_on(lane.data):
             able.add("indexed")
+        if triton_indexed.runs_on(lane.data):
+            able.add("triton")  # only when asked for: its costs on a device are not known yet
         # Asked last: it reads the blocks.
         wanted = self._kernel or model.choose(lane.shape, able | {"dense"})
         if wanted == "dense" and self._all_finite(lane):
