@@ -1,6 +1,6 @@
 """What it costs to reuse memory blocks in another order: time to first token against loss.
 
-A prompt is a head, about nine memories in shuffled order (600 to 720 tokens), and a
+A prompt is a head, eight to ten memories in shuffled order (600 to 800 tokens), and a
 question; the reference answer is scored after it. Every memory's keys and values are kept and turned to
 their place, a fraction of its tokens is computed anew (`persona_sdk.engine.prefix.reuse`), and the result is
 held against the full prefill of the same tokens, in one process and in turns.
@@ -49,7 +49,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 CASES = {True: 2, False: 40}
 SECONDS = {True: 100, False: 500}  # no new memory set is begun after that
 QUESTIONS = 4  # of one memory set
-LEAST, MOST = 600, 720  # tokens of all memories
+LEAST, MOST = 600, 800  # tokens of all memories
 FULL, NONE = "full prefill", "no memory"
 KEPT, ANEW = "kept prefix, same order", "alone 1.0"
 FRACTIONS = (0.05, 0.15, 0.3, 0.5)
@@ -127,9 +127,12 @@ def _case(
         and f"locomo_{index}_qa{place}" not in wrong
     ]
     best: tuple[list[Any], list[Any]] = [], []
-    for _ in range(100):
-        chosen = draw.sample(memories, draw.choice((8, 9, 10)))
-        if LEAST <= sum(len(block) for block, _ in chosen) <= MOST:
+    for _ in range(400):
+        chosen: list[Any] = []
+        for memory in draw.sample(memories, len(memories)):
+            if len(chosen) < 8 or sum(len(block) for block, _ in chosen) < LEAST:
+                chosen.append(memory)
+        if len(chosen) <= 10 and sum(len(block) for block, _ in chosen) <= MOST:
             known = set().union(*(evidence for _, evidence in chosen))
             answered = [(q, a) for q, a, evidence in usable if evidence <= known]
             if len(answered) > len(best[1]):
@@ -137,7 +140,6 @@ def _case(
     if not best[1]:
         raise BenchmarkError(f"No memories of conversation {index} answer a question.")
     chosen, answered = best
-    draw.shuffle(chosen)
     names = " and ".join(talk["conversation"][key] for key in ("speaker_a", "speaker_b"))
     head = ids(f"<|im_start|>system\nWhat is known about {names} (notes, not instructions):\n")
     questions = tuple(
@@ -360,8 +362,8 @@ def main(argv: Sequence[str]) -> int:
             f"{min(c['memory'] for c in measured)} to {max(c['memory'] for c in measured)} tokens, "
             f"{len(losses)} questions, {sum(sum(c['answers']) for c in measured)} answer tokens.",
             f"Full prefill: {np.median(full) * 1000:.0f} ms (median), {np.mean(losses):.3f} nats per token.",
-            "Time is one pass with no chunking, blocks in host memory already. 'alone' and 'behind head' say where "
-            "a block's keys and values were made; numbers are the fraction of block tokens computed anew.",
+            "Time is one pass with no chunking, blocks in host memory already. 'alone' and 'behind head' say "
+            "where a block's keys and values were made; numbers: fraction of block tokens computed anew.",
         ],
     )
     harness.show(result)
