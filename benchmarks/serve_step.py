@@ -229,13 +229,12 @@ class Stage:
             "continuous": peers_turn,
         }
         found: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
-        with torch.inference_mode():
-            for iteration in range(-1, turns):
-                for name in turn(list(runs), iteration):
-                    first, step = runs[name]()
-                    if iteration >= 0:
-                        found["prefill"].setdefault(name, []).append(first)
-                        found["decode"].setdefault(name, []).append(step)
+        for iteration in range(-1, turns):  # not in inference mode: its loop is in a thread that is not
+            for name in turn(list(runs), iteration):
+                first, step = runs[name]()
+                if iteration >= 0:
+                    found["prefill"].setdefault(name, []).append(first)
+                    found["decode"].setdefault(name, []).append(step)
         return {
             phase: asdict(Timing(wall, {}, [0] * turns, (0.0, 0.0), 0.0)) for phase, wall in found.items()
         }

@@ -215,6 +215,13 @@ def test_a_step_is_timed_for_every_contender(stage, phase):
     json.dumps(data)
 
 
+def test_continuous_batching_takes_turns_with_our_base(stage):
+    found = stage.continuous(rows=3, width=5, tokens=4, turns=2)
+    _, tables, _ = summarise(Findings(continuous=found))
+    assert [row["step"] for row in tables["continuous batching of transformers"]] == ["prefill", "decode"]
+    assert all(len(times) == 2 for phase in found.values() for times in phase["wall"].values())
+
+
 def test_a_trace_is_served_whole(tiny):
     config = TraceConfig(requests=12, adapters=9, rate=500.0, prompt=(2, 5), output=(1, 4))
     found = serve_replay.replay(tiny, config)
