@@ -9,6 +9,7 @@ import os
 import selectors
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -76,9 +77,10 @@ class IdleWorker:
 
     def close(self) -> None:
         """End the process."""
-        for pipe in (self._in, self._out):
-            pipe.close()
         self._selector.close()
+        for pipe in (self._in, self._out):
+            with suppress(OSError):  # what a dead peer was not told is lost
+                pipe.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
