@@ -12,11 +12,9 @@ low_rank/      adapters in slots, and their branch y += B (gate * (A x))
 prefix/        keys and values of prompt prefixes, kept and reused
 """
 
-from typing import Any
+from persona_sdk.engine.engine import Engine
+from persona_sdk.engine.generation import Generation
+from persona_sdk.engine.options import EngineOptions
+from persona_sdk.engine.request import Completion, Request, Steer, Step
 
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    where = {"Engine": "engine", "Generation": "generation", "EngineOptions": "options"}.get(name, "request")
-    return getattr(import_module(f"persona_sdk.engine.{where}"), name)
+__all__ = ["Completion", "Engine", "EngineOptions", "Generation", "Request", "Steer", "Step"]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -24,16 +24,14 @@ from torch import Tensor
 from persona_sdk.engine.checks import check_patch, check_request
 from persona_sdk.engine.forward.select import forward_of
 from persona_sdk.engine.generation import Generation
+from persona_sdk.engine.loop import Loop, SpillFactory
 from persona_sdk.engine.options import EngineOptions
 from persona_sdk.engine.request import Completion, Request, Step
+from persona_sdk.engine.row import Row
 from persona_sdk.engine.steps import FixedSteps
 from persona_sdk.errors import DeviceMemoryError, EngineStoppedError, QueueFullError
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import TensorBundle
-
-if TYPE_CHECKING:
-    from persona_sdk.engine.loop import Loop, SpillFactory
-    from persona_sdk.engine.row import Row
 
 logger = logging.getLogger("persona_sdk.engine")
 
@@ -59,13 +57,13 @@ class Engine:
         model: LanguageModel,
         options: EngineOptions | None = None,
         *,
-        spill: "SpillFactory | None" = None,
+        spill: SpillFactory | None = None,
     ) -> None:
         self.model = model
         self.options = options or EngineOptions()
         self._spill = spill
         self._shapes = model.linear_shapes()
-        self._loop: "Loop | None" = None
+        self._loop: Loop | None = None
         self._stepping = threading.RLock()  # held for the length of a step: who holds it has the loop
         self._inbox: deque[Generation] = deque()
         self._news = threading.Condition()
@@ -160,7 +158,7 @@ class Engine:
         return completion.exported
 
     @contextmanager
-    def bench(self, requests: Sequence[Request]) -> "Iterator[FixedSteps]":
+    def bench(self, requests: Sequence[Request]) -> Iterator[FixedSteps]:
         """Single passes over fixed rows, to be timed; see `engine.steps`. Nothing else runs meanwhile."""
         for request in requests:
             self._check(request)
@@ -196,7 +194,7 @@ class Engine:
             self._loop.tiers.clear()
 
     @contextmanager
-    def reserved(self, requests: Sequence[Request]) -> "Iterator[tuple[Loop, list[Row]]]":
+    def reserved(self, requests: Sequence[Request]) -> Iterator[tuple[Loop, list[Row]]]:
         """Rows of these requests between two steps of the loop, freed at the end. The loop waits."""
         with self._stepping, torch.inference_mode():
             loop = self._ready_loop()
@@ -290,11 +288,9 @@ class Engine:
         if self._loop is not None:
             self._loop.fail_all(error)
 
-    def _ready_loop(self) -> "Loop":
+    def _ready_loop(self) -> Loop:
         """The loop; made, with all it holds, when it is first needed."""
         if self._loop is None:
-            from persona_sdk.engine.loop import Loop
-
             forward = forward_of(self.model, fused=self.options.fused)
             self._loop = Loop(self.model, forward, self.options, self._spill)
         return self._loop

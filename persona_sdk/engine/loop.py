@@ -18,7 +18,7 @@ from torch import Tensor
 
 from persona_sdk.engine.entries import entries, given_entries, soft_vectors
 from persona_sdk.engine.forward.base import Forward
-from persona_sdk.engine.forward.batch import PackedBatch, RowTokens, pack
+from persona_sdk.engine.forward.batch import RowTokens, pack
 from persona_sdk.engine.forward.pool import KEYS, TokenPool
 from persona_sdk.engine.generation import Generation
 from persona_sdk.engine.low_rank.arena import Slot
@@ -234,35 +234,37 @@ class Loop:
     # Running ------------------------------------------------------------------------------------------
 
     def _prefill(self, parts: Sequence[tuple[Row, int]]) -> None:
-        rows = [row for row, _ in parts]
-        self._pass(rows, [row.chunk(count) for row, count in parts])
+        parts = grouped(parts)
+        self._pass([row for row, _ in parts], [row.chunk(count) for row, count in parts])
 
     def _pass(self, rows: Sequence[Row], new: Sequence[RowTokens]) -> None:
         """One forward pass. Rows whose prompt is done, or that are past it, get their next token."""
-        logits = self.forward_pass([row.number for row in rows], new)
-        ready: list[int] = []
-        for index, (row, tokens) in enumerate(zip(rows, new, strict=True)):
-            row.past += len(tokens.tokens)
-            if row.remaining == 0:
-                ready.append(index)
-                if not row.tokens:
-                    self._keep(row)
+        counts = [len(tokens.tokens) for tokens in new]
+        ready = [i for i, (row, count) in enumerate(zip(rows, counts, strict=True)) if row.remaining <= count]
+        logits = self.forward_pass([row.number for row in rows], new, wanted=ready)
+        for row, count in zip(rows, counts, strict=True):
+            row.past += count
+            if row.remaining == 0 and not row.tokens:
+                self._keep(row)
                 if row.request.export:
-                    row.exported = self.pool.export(row.table[: entries(row.request)])
+                    row.exported = self.pool.export(row.table[: row.past])
         if not ready:
             return
-        if len(ready) < len(rows):
-            logits = logits[ready]
         chosen = choose(logits, [rows[index].sampler for index in ready])
         # The one wait for the device in a step.
         for index, token, bad in zip(ready, chosen.ids, chosen.bad, strict=True):
             self._take(rows[index], token, bad)
 
     def forward_pass(
-        self, numbers: Sequence[int], new: Sequence[RowTokens], *, every: bool = False
+        self,
+        numbers: Sequence[int],
+        new: Sequence[RowTokens],
+        *,
+        wanted: Sequence[int] | None = None,
+        every: bool = False,
     ) -> Float[Tensor, "outputs vocab"]:
-        """Logits of the rows' new tokens under their own patches."""
-        batch: PackedBatch = pack(new, self.model.device)
+        """Logits of the rows' new tokens under their own patches; see `PackedBatch` and `Forward`."""
+        batch = pack(new, self.model.device, wanted)
         branches = self.patches.batch(numbers, self.forward.spread(batch.lengths), self.model.device)
         return self.forward(batch, self.pool, branches, every=every)
 
@@ -351,6 +353,13 @@ class Loop:
     def _release(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
             self.tiers.release(slot)
+
+
+def grouped(parts: Sequence[tuple[Row, int]]) -> list[tuple[Row, int]]:
+    """Rows that share adapters side by side: their tokens then are one product."""
+    users = Counter(slot for row, _ in parts for slot in set(row.slots))
+    shared = [sorted((-users[slot], id(slot)) for slot in row.slots if users[slot] > 1) for row, _ in parts]
+    return [parts[index] for index in sorted(range(len(parts)), key=shared.__getitem__)]
 
 
 def loader(request: Request, factors: Digest) -> Callable[[], TensorBundle]:

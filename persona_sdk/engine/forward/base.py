@@ -38,8 +38,8 @@ class Forward(Protocol):
     def __call__(
         self, batch: PackedBatch, pool: TokenPool, branches: Branches | None, *, every: bool = False
     ) -> Float[Tensor, "outputs vocab"]:
-        """Float32 logits after every row's last token, or after every token. Writes the new tokens' keys
-        and values into the pool.
+        """Float32 logits after the last token of every wanted row, or after every token. Writes the new
+        tokens' keys and values into the pool.
         """
         ...
 

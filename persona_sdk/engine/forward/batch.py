@@ -46,6 +46,7 @@ class PackedBatch:
         lengths: new tokens of each row.
         tables: slots of each row's positions; 0 where a row is shorter.
         seen: positions each row has after this pass.
+        wanted: rows, by number in the pass, whose next token is wanted: logits are computed for these alone.
         vectors: (first packed token, embeddings) of every row that brings its own.
     """
 
@@ -55,6 +56,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     tables: Int[Tensor, "rows width"]
     seen: tuple[int, ...]
+    wanted: tuple[int, ...]
     vectors: tuple[tuple[int, Float[Tensor, "_ d_model"]], ...] = ()
 
     @cached_property
@@ -68,9 +70,9 @@ class PackedBatch:
         return len(self.tokens) == len(self.lengths)
 
     @cached_property
-    def last(self) -> Int[Tensor, " rows"]:
-        """Packed index of every row's last token."""
-        return torch.tensor(np.cumsum(self.lengths) - 1, device=self.tokens.device)
+    def last(self) -> Int[Tensor, " wanted"]:
+        """Packed index of the last token of every wanted row."""
+        return torch.tensor((np.cumsum(self.lengths) - 1)[list(self.wanted)], device=self.tokens.device)
 
     @cached_property
     def fresh(self) -> tuple[bool, ...]:
@@ -78,8 +80,8 @@ class PackedBatch:
         return tuple(length == seen for length, seen in zip(self.lengths, self.seen, strict=True))
 
 
-def pack(rows: Sequence[RowTokens], device: torch.device) -> PackedBatch:
-    """Pack the new tokens of several rows."""
+def pack(rows: Sequence[RowTokens], device: torch.device, wanted: Sequence[int] | None = None) -> PackedBatch:
+    """Pack the new tokens of several rows; `wanted` as in `PackedBatch`, all rows if None."""
     lengths = tuple(len(row.tokens) for row in rows)
     if not rows or min(lengths) < 1:
         raise EngineError("A forward pass needs at least one token of every row.")
@@ -98,6 +100,7 @@ def pack(rows: Sequence[RowTokens], device: torch.device) -> PackedBatch:
         lengths=lengths,
         tables=torch.from_numpy(tables).to(device),
         seen=seen,
+        wanted=tuple(range(len(rows))) if wanted is None else tuple(wanted),
         vectors=tuple(
             (int(start), row.vectors)
             for start, row in zip(starts, rows, strict=True)

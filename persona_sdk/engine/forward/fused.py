@@ -62,7 +62,7 @@ class FusedForward:
         for layer in self._layers:
             x = layer(x, attention, branches)
         if not every:
-            x = x if batch.is_decode else x.index_select(0, batch.last)
+            x = x.index_select(0, batch.last) if len(batch.wanted) < len(x) else x
         return self._head(_normed(blocks.norm, x)).float()
 
 

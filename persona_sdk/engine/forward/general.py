@@ -71,7 +71,7 @@ class GeneralForward:
                 use_cache=True,
                 logits_to_keep=0 if every else 1,
             ).logits
-        logits: Tensor = out[layout.real] if every else out[:, -1]
+        logits: Tensor = out[layout.real] if every else out[list(batch.wanted), -1]
         return logits.float()
 
     def _masks(self, layout: "_Padded") -> Any:

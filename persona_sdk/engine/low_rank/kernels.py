@@ -136,25 +136,35 @@ class Batched:
 
 
 class Segments:
-    """See the module's docstring."""
+    """See the module's docstring. Shrinks as ``A x^T``: with few rank directions nearly twice as fast as
+    ``x A^T`` in the CPU's matrix library.
+    """
 
     contiguous = False
 
     def __init__(self, lane: Lane, device: torch.device) -> None:
         self._factors, self._rank = lane.factors.sites, lane.factors.rank
-        gates = torch.from_numpy(lane.token_gates[:, None]).to(device)
+        gates = torch.from_numpy(lane.token_gates.T.copy()).to(device)
         self._runs = [
-            (lane.data[slot], slice(start, stop), gates[start:stop]) for slot, start, stop in lane.runs
+            (lane.data[slot], slice(start, stop), gates[:, start:stop].contiguous())
+            for slot, start, stop in lane.runs
         ]
+        # A direction that is off may hold NaN for somebody else's sake; then zeros are written, not computed.
+        self._off = [bool((lane.token_gates[start:stop] == 0).any()) for _, start, stop in lane.runs]
 
     def add(self, site: int, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens width"]) -> None:
         """See `Part`."""
-        factors = self._factors[site]
-        rows = len(factors.spans) * self._rank
-        for block, tokens, gates in self._runs:
-            A = block[factors.first_a : factors.first_a + rows * factors.d_in].view(rows, factors.d_in)
-            hidden = _gated(x[tokens] @ A.mT, gates, len(factors.spans))
+        factors, rank = self._factors[site], self._rank
+        modules, d_in = len(factors.spans), factors.d_in
+        for (block, tokens, gates), off in zip(self._runs, self._off, strict=True):
+            A = block[factors.first_a : factors.first_a + modules * rank * d_in].view(-1, d_in)
+            hidden = (A @ x[tokens].mT).view(modules, rank, -1)
+            if off:
+                hidden = torch.where(gates != 0, hidden * gates, 0).to(hidden.dtype)
+            else:
+                hidden.mul_(gates)
+            into = y[tokens]
             for place, span in enumerate(factors.spans):
                 column, d_out = span.module.column, span.module.d_out
-                B = block[span.b : span.b + self._rank * d_out].view(self._rank, d_out)
-                y[tokens, column : column + d_out].addmm_(hidden[:, place], B)
+                B = block[span.b : span.b + rank * d_out].view(rank, d_out)
+                into[:, column : column + d_out].addmm_(hidden[place].mT, B)
