@@ -4,6 +4,7 @@ Arenas are larger than the caches, because a decode step never finds its factors
 least counts: what is slower was disturbed.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,17 +19,20 @@ from persona_sdk import files
 from persona_sdk.engine import pages
 from persona_sdk.engine.low_rank.batch import LowRankBatch
 from persona_sdk.engine.low_rank.blocks import BlockLayout
-from persona_sdk.engine.low_rank.costs import DEFAULT, PRECISIONS, CostModel, fit, load, work
+from persona_sdk.engine.low_rank.costs import DEFAULT, PRECISIONS, CostModel, entry, fit, load, work
 from persona_sdk.engine.low_rank.indexed import runs_on
 from persona_sdk.engine.low_rank.lanes import BoundPatch, Factors, Lane, lanes_of
 from persona_sdk.engine.low_rank.sites import Site, SiteModule
 
-_SECONDS = 1.5  # no new measurement starts after this long
+_SECONDS = 2.0  # no new measurement starts after this long
 _REPEATS = 3
 _SLOTS = 32
 
-# (rows, tokens of each, distinct slots): decode steps of one and many adapters, then prompts.
-_CASES = ((1, 1, 1), (32, 1, 32), (32, 1, 4), (32, 1, 1), (8, 1, 8), (1, 128, 1), (4, 32, 4))
+# (rows, tokens of each, distinct slots): decode steps of one and many adapters, and prompts.
+_CASES = {
+    False: ((1, 1, 1), (32, 1, 32), (32, 1, 4), (32, 1, 1), (8, 1, 8)),
+    True: ((1, 128, 1), (1, 256, 1), (4, 64, 4), (8, 32, 8)),
+}
 
 
 @dataclass(frozen=True)
@@ -106,17 +110,21 @@ def measured(device: torch.device) -> CostModel:
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     factors = Factors(synthetic(sites, 8, _SLOTS, dtype, device))
     kernels = {}
-    for kernel, default in DEFAULT.kernels.items():
+    for kernel, prompt in itertools.product(("indexed", "segments", "batched", "dense"), _CASES):
         if kernel == "indexed" and not runs_on(factors.arena.data):
             continue
         works, seconds = [], []
-        for rows, length, slots in _CASES:
+        for rows, length, slots in _CASES[prompt]:
             lane = _lane(factors, rows, length, slots)
             if time.perf_counter() < deadline:
                 batch = LowRankBatch([(kernel, lane)], device)
                 works.append(work(kernel, lane.shape))
                 seconds.append(min(times(batch, sites, rows * length, dtype, device, _REPEATS)))
-        kernels[kernel] = fit(np.array(works, dtype=float), np.array(seconds)) if len(works) >= 3 else default
+        name = entry(kernel, prompt)
+        enough = len(works) >= 3
+        kernels[name] = (
+            fit(np.array(works, dtype=float), np.array(seconds)) if enough else DEFAULT.kernels[name]
+        )
     precision = _faster_precision(sites, device) if device.type == "cpu" else DEFAULT.branch_precision
     return CostModel(kernels, precision)
 

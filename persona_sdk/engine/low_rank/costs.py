@@ -8,10 +8,11 @@
     batched    modules            blocks size [x 3]        blocks longest size
     segments   modules runs       runs size                tokens size
 
-``size`` is that of a block, ``blocks`` the blocks a torch kernel reads; [x 3] where it gathers them. The
-coefficients are the non-negative least-squares fit to times on synthetic arenas (calibration.py), weighted so
-that relative errors count. They are kept in the cache folder, and measured anew when the file is damaged or
-of another machine, torch, numba, thread count, device or kernel version.
+``size`` is that of a block, ``blocks`` the blocks a torch kernel reads; [x 3] where it gathers them. A decode
+step and a prompt are fitted apart, as one is bound by memory and the other by arithmetic: a kernel has one
+entry for each. The coefficients are the non-negative least-squares fit to times on synthetic arenas
+(calibration.py), weighted so that relative errors count. They are kept in the cache folder, and measured anew
+when the file is damaged or of another machine, torch, numba, thread count, device or kernel version.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ from persona_sdk.files import write_atomically
 
 logger = logging.getLogger("persona_sdk.engine")
 
-KERNEL_VERSION = 1  # of the kernels' speed: raise it when one of them changes
+KERNEL_VERSION = 2  # of the kernels' speed: raise it when one of them changes
 PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "bfloat16": torch.bfloat16}
 )
@@ -52,6 +53,11 @@ class Coefficients:
     per_madd: float
 
 
+def entry(kernel: str, prompt: bool) -> str:
+    """Name of a kernel's coefficients for prompts or for decode steps."""
+    return f"{kernel} prompt" if prompt else kernel
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Coefficients of all kernels, and the precision in which branches of a bfloat16 model are fastest."""
@@ -61,12 +67,13 @@ class CostModel:
 
     def seconds(self, kernel: str, shape: LaneShape) -> float:
         """Expected time of one pass."""
-        found = self.kernels[kernel]
+        found = self.kernels[entry(kernel, shape.prompt)]
         return float(np.dot(work(kernel, shape), (found.fixed, found.per_byte, found.per_madd)))
 
     def choose(self, shape: LaneShape, kernels: Collection[str]) -> str:
         """The kernel that is expected to take the least time; equal ones by name."""
-        return min(sorted(set(kernels) & set(self.kernels)), key=lambda kernel: self.seconds(kernel, shape))
+        known = [kernel for kernel in sorted(kernels) if entry(kernel, shape.prompt) in self.kernels]
+        return min(known, key=lambda kernel: self.seconds(kernel, shape))
 
     def to_json(self) -> str:
         """Inverse of `from_json`."""
@@ -82,7 +89,7 @@ class CostModel:
         if not all(isinstance(number, float) and 0 <= number < math.inf for number in numbers):
             raise ValueError("coefficients are not times")
         if (
-            not set(DEFAULT.kernels) - {"indexed"} <= set(kernels)
+            not {name for name in DEFAULT.kernels if not name.startswith("indexed")} <= set(kernels)
             or data["branch_precision"] not in PRECISIONS
         ):
             raise ValueError("kernels or precision are not ours")
@@ -97,6 +104,10 @@ DEFAULT = CostModel(
             "dense": Coefficients(2.5e-5, 5e-11, 3e-11),
             "batched": Coefficients(3e-5, 5e-11, 4e-11),
             "segments": Coefficients(1.5e-5, 5e-11, 2e-11),
+            "indexed prompt": Coefficients(4e-6, 1e-11, 8e-11),
+            "dense prompt": Coefficients(2.5e-5, 5e-11, 4e-11),
+            "batched prompt": Coefficients(3e-5, 5e-11, 8e-11),
+            "segments prompt": Coefficients(1e-5, 0.0, 4e-11),
         }
     )
 )

@@ -189,6 +189,7 @@ class Lane:
             sites=len(self.factors.sites),
             modules=self.factors.modules,
             itemsize=self.data.element_size(),
+            prompt=bool((self.lengths > 1).any()),
         )
 
 
@@ -204,6 +205,7 @@ class LaneShape:
         size: numbers in a block, which is also the multiply-adds of one token.
         sites, modules: patched ones.
         itemsize: bytes of a number.
+        prompt: some row has several tokens.
     """
 
     tokens: int
@@ -216,6 +218,7 @@ class LaneShape:
     sites: int
     modules: int
     itemsize: int
+    prompt: bool = False
 
     @property
     def gathers(self) -> bool:
