@@ -83,7 +83,8 @@ class Stage:
         factors = [random_factors(shapes, rank=rank, seed=1000 * seed + i) for i in range(adapters)]
         contenders: dict[str, Contender] = {
             "base": Base(model),
-            "ours": Ours(model, factors),
+            # One kernel throughout: operations are counted, and must not depend on who shares the batch.
+            "ours": Ours(model, factors, kernel="indexed"),
             "peft": Peft(model, factors),
         }
         return cls(model, source, contenders, rates)

@@ -54,9 +54,11 @@ class Ours:
     measures the engine as it is served.
     """
 
-    def __init__(self, model: LanguageModel, factors: Sequence[TensorBundle]) -> None:
+    def __init__(
+        self, model: LanguageModel, factors: Sequence[TensorBundle], *, kernel: Any = "auto"
+    ) -> None:
         copied = LanguageModel(model.name, shared_copy(model.module), model.tokenizer, model.fingerprint)
-        self.engine = Engine(copied, EngineOptions(fused=False, max_rows=64, prefix_bytes=0))
+        self.engine = Engine(copied, EngineOptions(fused=False, max_rows=64, prefix_bytes=0, kernel=kernel))
         self._patches = [_patch(bundle) for bundle in factors]
         self._tensors = {patch.factors: bundle for patch, bundle in zip(self._patches, factors, strict=True)}
 
