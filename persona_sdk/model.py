@@ -6,6 +6,7 @@ alice = model.persona("alice", groups=["nurses"])
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -23,6 +24,7 @@ from persona_sdk.prefixes import PrefixLibrary
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Reply, ReplyStream, TextDecoder
 from persona_sdk.steering import Steering
+from persona_sdk.tensors import TensorBundle
 
 
 class PersonaModel:
@@ -223,13 +225,18 @@ class PersonaModel:
         Raises:
             ModelError: this model's layers keep keys and values of different shapes.
         """
+        mark = self.engine.mark()  # before anything is read
         self.engine.ready()
         if self._prefixes is None:
             raise ModelError(
                 f"The layers of {self.base.name} keep keys and values of different shapes.",
                 hint="Prefixes of such models are not kept; chat without warming.",
             )
-        return self._prefixes.warm(persona.id, self.engine.keys_values, kind=persona.kind, system=system)
+
+        def compute(request: Request) -> TensorBundle:
+            return self.engine.keys_values(replace(request, mark=mark))
+
+        return self._prefixes.warm(persona.id, compute, kind=persona.kind, system=system)
 
     def check(self, contribution: Contribution) -> None:
         """Raise unless the engine can execute these parts on this base model."""

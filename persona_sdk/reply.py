@@ -78,7 +78,13 @@ class ReplyStream:
         weakref.finalize(self, generation.cancel)
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        whole = False
+        try:
+            yield from self._pieces
+            whole = True
+        finally:
+            if not whole:
+                self.cancel()
 
     def __next__(self) -> str:
         return next(self._pieces)

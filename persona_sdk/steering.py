@@ -72,8 +72,11 @@ class Steering:
             CompositionError: more than gates would change.
         """
         for name, value in {**controls, **weights}.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-                raise InvalidInputError(f"{name}={value!r} cannot be used.", hint="Expected a finite number.")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not -10 <= value <= 10:  # as for `Persona.attach`; false for NaN too
+                raise InvalidInputError(
+                    f"{name}={value!r} cannot be used.", hint="Expected a number in [-10, 10]."
+                )
         known = {c.name: self._controls(c) for c in self._contributors}
         strangers = set(weights) - set(known) | set(controls) - {n for names in known.values() for n in names}
         if strangers:

@@ -26,6 +26,7 @@ from persona_sdk.engine.forward.select import forward_of
 from persona_sdk.engine.generation import Generation
 from persona_sdk.engine.loop import Loop, SpillFactory
 from persona_sdk.engine.options import EngineOptions
+from persona_sdk.engine.prefix.cache import PrefixCache
 from persona_sdk.engine.request import Completion, Request, Step
 from persona_sdk.engine.row import Row
 from persona_sdk.engine.steps import FixedSteps
@@ -62,6 +63,8 @@ class Engine:
         self.model = model
         self.options = options or EngineOptions()
         self._spill = spill
+        # There from the start, so that nothing is forgotten while the rest is being built.
+        self._prefixes = PrefixCache(self.options.prefix_bytes)
         self._shapes = model.linear_shapes()
         self._loop: Loop | None = None
         self._stepping = threading.RLock()  # held for the length of a step: who holds it has the loop
@@ -118,7 +121,13 @@ class Engine:
             self._check(request)
         for request in requests:
             self._bring_prefix(request)
-        return [generation.result() for generation in self._enqueue(requests)]
+        generations = self._enqueue(requests)
+        try:
+            return [generation.result() for generation in generations]
+        except BaseException:  # the caller was interrupted
+            for generation in generations:
+                generation.cancel()
+            raise
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Step]:
         """Yield every token as it is made, rows interleaved. Raises like `submit`, at once; a row that fails
@@ -182,15 +191,15 @@ class Engine:
 
     def mark(self) -> int:
         """Where forgetting stands now; see `Request`."""
-        return 0 if self._loop is None else self._loop.prefixes.mark()
+        return self._prefixes.mark()
 
     def forget(self, scope: str) -> None:
         """Drop every prefix kept for a scope, and all adapters that no row uses; others at their rows' end.
 
         Whose an adapter is, the engine does not know. They come back from the store when they are needed.
         """
+        self._prefixes.forget(scope)
         if self._loop is not None:
-            self._loop.prefixes.forget(scope)
             self._loop.tiers.clear()
 
     @contextmanager
@@ -217,8 +226,7 @@ class Engine:
         """Read a kept prefix from disk here, in the caller's thread: the worker must not wait for it."""
         if self._spill is not None and request.keep_prefix and request.scope:
             self.ready()
-            assert self._loop is not None
-            self._loop.prefixes.prefetch(request.plan, request.prompt, request.scope)
+            self._prefixes.prefetch(request.plan, request.prompt, request.scope)
 
     # The worker ---------------------------------------------------------------------------------------
 
@@ -234,7 +242,7 @@ class Engine:
                     hint="Try again in a moment, or raise EngineOptions.queue_limit.",
                 )
             self._inbox.extend(generations)
-            if self._worker is None:
+            if self._worker is None or not self._worker.is_alive():  # not alive: in a forked child
                 self._worker = threading.Thread(target=self._work, name="persona-engine", daemon=True)
                 self._worker.start()
             self._news.notify_all()
@@ -290,9 +298,15 @@ class Engine:
 
     def _ready_loop(self) -> Loop:
         """The loop; made, with all it holds, when it is first needed."""
+        if self._closed:
+            raise EngineStoppedError("The engine was closed.", hint="Open the model again.")
         if self._loop is None:
             forward = forward_of(self.model, fused=self.options.fused)
-            self._loop = Loop(self.model, forward, self.options, self._spill)
+            try:
+                self._loop = Loop(self.model, forward, self.options, self._prefixes, self._spill)
+            except BaseException:
+                forward.close()
+                raise
         return self._loop
 
     def _steps(self, generations: Sequence[Generation]) -> Iterator[Step]:

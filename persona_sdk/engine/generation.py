@@ -9,13 +9,16 @@ stalls the engine.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from persona_sdk.engine.request import Completion, Request
-from persona_sdk.errors import CompositionError, EngineError
+from persona_sdk.errors import CompositionError, EngineError, PersonaError
+
+logger = logging.getLogger("persona_sdk.engine")
 
 
 class Generation:
@@ -67,8 +70,9 @@ class Generation:
 
     async def aresult(self) -> Completion:
         """`result` for event loops. If the waiting task is cancelled, so is the row."""
-        async for _ in self:
-            pass
+        with suppress(PersonaError):  # it is in the completion
+            async for _ in self:
+                pass
         assert self._completion is not None
         return self._completion
 
@@ -187,15 +191,21 @@ class Generation:
             self._changed.notify_all()
         self._tell()
 
-    def finish(self, completion: Completion) -> None:
-        """End the row, once."""
+    def finish(self, completion: Completion, last: int | None = None) -> None:
+        """End the row, once, with its last token if it has one more."""
         with self._changed:
             if self._completion is not None:
                 return
+            if last is not None:
+                self.first_token = self.first_token or time.perf_counter()
+                self._tokens.append(last)
             self._completion = completion
             self._changed.notify_all()
         self._tell()
 
     def _tell(self) -> None:
         for listener in tuple(self._listeners):
-            listener()
+            try:
+                listener()
+            except Exception:
+                logger.exception("a listener of a generation failed")

@@ -26,13 +26,19 @@ from persona_sdk.engine.low_rank.calibration import branch_dtype
 from persona_sdk.engine.low_rank.rows import BoundPatch, PatchTable
 from persona_sdk.engine.low_rank.tiers import AdapterTiers
 from persona_sdk.engine.options import EngineOptions
-from persona_sdk.engine.prefix.bundles import KVShape
+from persona_sdk.engine.prefix.bundles import KVShape, shape_of
 from persona_sdk.engine.prefix.cache import PrefixCache, Spill
 from persona_sdk.engine.request import Completion, Request, Steer
 from persona_sdk.engine.row import Row, joined
 from persona_sdk.engine.sampling import RowSampler, choose
 from persona_sdk.engine.schedule import Fit, Prefilling, Queue, ScheduleOptions, Waiting, chunks
-from persona_sdk.errors import EngineError, NumericalError, PersonaError
+from persona_sdk.errors import (
+    BudgetError,
+    EngineError,
+    IncompatibleAdapterError,
+    NumericalError,
+    PersonaError,
+)
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import DecodingRule, KVPrefix
 from persona_sdk.tensors import Digest, TensorBundle
@@ -50,6 +56,7 @@ class Loop:
         model: LanguageModel,
         forward: Forward,
         options: EngineOptions,
+        prefixes: PrefixCache,
         spill: SpillFactory | None = None,
     ) -> None:
         self.model, self.forward, self.options = model, forward, options
@@ -61,9 +68,9 @@ class Loop:
         kernel = None if options.kernel == "auto" else options.kernel
         self.patches = PatchTable(calibrate=options.calibrate, kernel=kernel)
         shape = KVShape.of(forward.layers, forward.cache_dtype)
-        self.prefixes = PrefixCache(
-            options.prefix_bytes if shape else 0, shape=shape, spill=spill(shape) if spill and shape else None
-        )
+        self.prefixes = prefixes
+        self._kv_shape = shape
+        prefixes.serve(shape, spill(shape) if spill and shape else None)
         self.rows: dict[int, Row] = {}
         self._free_rows = list(range(options.max_rows))
         self._queue = Queue(ScheduleOptions(prefill_tokens=options.prefill_tokens, max_wait=options.max_wait))
@@ -72,6 +79,7 @@ class Loop:
         self._end_tokens = end_tokens(model)
         self._ticket = 0
         self.steps = 0
+        self._trimmed = False
         self.stirred = False  # somebody may have cancelled since the last step
 
     @property
@@ -146,7 +154,10 @@ class Loop:
         generation = self._waiting[ticket]
         try:
             row = self.reserve(generation)
-        except PersonaError as error:
+        except Exception as error:  # whatever it is, it is this request's alone
+            if not isinstance(error, PersonaError):
+                logger.exception("a request could not be admitted")
+                error = EngineError(f"The request could not be admitted: {error!r}.")
             del self._waiting[ticket]
             generation.finish(Completion((), "error", error=error))
             return Fit.NEVER
@@ -162,6 +173,10 @@ class Loop:
             PersonaError: it can never run: adapters that are missing or damaged, more than a whole budget.
         """
         request = generation.request
+        if not self._free_rows:
+            return None
+        if self.rows and any(self.tiers.arriving(patch.factors) for patch in request.plan.low_rank):
+            return None  # others need not wait for the disk
         slots: list[Slot] = []
         table = None
         mark = self.prefixes.mark() if request.mark is None else request.mark
@@ -175,7 +190,7 @@ class Loop:
                 table = self.pool.take(entries(request) + request.plan.options.max_new_tokens)
             if table is None:
                 self._release(slots)
-                return None
+                return self._alone(generation) if not self.rows else None
             row = Row(
                 generation,
                 self._free_rows[-1],
@@ -200,17 +215,41 @@ class Loop:
         )
         return row
 
+    def _alone(self, generation: Generation) -> Row | None:
+        """Once more, with everything idle out of the way: nobody is left to wait for.
+
+        Raises:
+            BudgetError: the request needs more than there is.
+        """
+        if not self._trimmed:
+            self.tiers.trim()
+            self._trimmed = True
+            try:
+                return self.reserve(generation)
+            finally:
+                self._trimmed = False
+        raise BudgetError(
+            "The adapters of one request do not fit the device together.",
+            hint="Raise EngineOptions.device_bytes, or attach fewer adapters.",
+        )
+
     def _start(self, row: Row) -> None:
         """Put keys and values that exist already into the pool: a KV prefix, or a kept prompt prefix."""
         request = row.request
         for part in request.plan.of(KVPrefix):
-            self.pool.load(row.table[: part.length], request.tensors[part.cache])
+            bundle = request.tensors[part.cache]
+            if shape_of(bundle, part.length) != self._kv_shape:
+                raise IncompatibleAdapterError(
+                    f"KV prefix {part.origin!r} holds {shape_of(bundle, part.length)}.",
+                    hint=f"Expected {self._kv_shape}: compute it again with this model and precision.",
+                )
+            self.pool.load(row.table[: part.length], bundle)
             row.past = part.length
             return
         if not request.keep_prefix:
             return
-        # Without scopes: what a disk knows was brought into memory by whoever submitted the request.
-        hit = self.prefixes.lookup(request.plan, request.prompt)
+        # What a disk knows was brought into memory by whoever submitted the request.
+        hit = self.prefixes.lookup(request.plan, request.prompt, request.scope, spill=False)
         if hit is None:
             return
         with hit:
@@ -298,15 +337,16 @@ class Loop:
 
     def _steer(self) -> None:
         for row in self.rows.values():
-            if gates := row.generation.take_gates():
+            # Not in the middle of a prompt: what it leaves would depend on the chunk, and could not be kept.
+            if row.tokens and (gates := row.generation.take_gates()):
                 row.steers.append(Steer(len(row.tokens), gates))
                 for number, gate in gates.items():
                     self.patches.steer(row.number, number, gate)
 
     def _keep(self, row: Row) -> None:
-        """Keep the keys and values of a whole prompt, unless a steer changed them on the way."""
+        """Keep the keys and values of a whole prompt."""
         request, cached = row.request, row.cached
-        if not request.keep_prefix or row.steers or request.plan.of(KVPrefix):
+        if not request.keep_prefix or request.plan.of(KVPrefix):
             return
         if self.prefixes.wants(len(request.prompt), cached):
             given, count = given_entries(request), self.prefixes.keepable(len(request.prompt))
@@ -336,14 +376,14 @@ class Loop:
     def _end(self, row: Row, reason: str, error: PersonaError | None = None, last: int | None = None) -> None:
         """Free everything a row holds, then tell its reader."""
         self.free(row)
-        if last is not None:
-            row.generation.emit(last)
         row.generation.finish(
-            Completion(tuple(row.tokens), reason, row.cached, tuple(row.steers), error, row.exported)
+            Completion(tuple(row.tokens), reason, row.cached, tuple(row.steers), error, row.exported), last
         )
 
     def free(self, row: Row) -> None:
-        """Give back a row's place, its slots and its keys and values."""
+        """Give back a row's place, its slots and its keys and values, once."""
+        if self.rows.get(row.number) is not row:
+            return
         del self.rows[row.number]
         self._free_rows.append(row.number)
         self.patches.unbind(row.number)
@@ -364,7 +404,12 @@ def grouped(parts: Sequence[tuple[Row, int]]) -> list[tuple[Row, int]]:
 
 def loader(request: Request, factors: Digest) -> Callable[[], TensorBundle]:
     """How the tiers get a bundle when none of them has it."""
-    return lambda: request.tensors[factors]
+
+    def load() -> TensorBundle:
+        with torch.inference_mode(False):  # others may train with what the store keeps in memory
+            return request.tensors[factors]
+
+    return load
 
 
 def end_tokens(model: LanguageModel) -> frozenset[int]:

@@ -45,8 +45,20 @@ def kv(plan, tokens):
     return {"keys": keys_values[0].clone(), "values": keys_values[1].clone()}
 
 
+EVERYBODY = ("alice", "bob", "carol", "dave", "nurses", "x", *map(str, range(20)))
+
+
+class Cache(PrefixCache):
+    """Looked into by everybody at once, without asking the spill, unless scopes are given."""
+
+    def lookup(self, plan, tokens, scopes=None, **options):
+        if scopes is None:
+            return super().lookup(plan, tokens, EVERYBODY, spill=False, **options)
+        return super().lookup(plan, tokens, scopes, **options)
+
+
 def cache_of(tokens=1000, **options):
-    return PrefixCache(tokens * TOKEN_BYTES, block=BLOCK, **options)
+    return Cache(tokens * TOKEN_BYTES, block=BLOCK, **options)
 
 
 def same(bundle, expected):
@@ -213,14 +225,13 @@ class TestForget:
     def test_what_continues_it_goes_too(self):
         cache = cache_of()
         put(cache, PLAIN, PROMPT[:4], ["alice"])
-        put(cache, PLAIN, PROMPT, ["bob"])
-        put(cache, PLAIN, (*PROMPT[:8], 1, 1, 1, 1), ["carol"])
-        put(cache, PLAIN, PROMPT[:8], ["dave"])  # covered already
+        put(cache, PLAIN, (*PROMPT[:4], 1, 1, 1, 1), ["alice", "nurses"])
+        put(cache, PLAIN, (*PROMPT[:4], 2, 2, 2, 2), ["alice"])
+        put(cache, plan_of(patch()), PROMPT, ["bob"])
         assert cache.forget("dave") == 0
-        assert cache.forget("carol") == 1
-        assert cache.lookup(PLAIN, PROMPT).tokens == 8
-        assert cache.forget("alice") == 2
+        assert cache.forget("alice") == 3
         assert cache.lookup(PLAIN, PROMPT) is None
+        assert cache.lookup(plan_of(patch()), PROMPT).tokens == 8
 
     def test_the_numbers_are_overwritten(self):
         cache, bundle = cache_of(), kv(PLAIN, PROMPT[:8])
@@ -479,3 +490,32 @@ def test_many_threads():
     stats = cache.stats()
     assert (stats.entries, stats.bytes) == (0, 0)
     assert stats.hits > 0
+
+
+class TestWhoMayFind:
+    """Time to the first token must not tell one persona what another was told."""
+
+    @pytest.mark.parametrize(
+        ("made", "reader", "found"),
+        [
+            (["alice"], ["alice"], True),
+            (["alice", "nurses"], ["bob", "nurses"], True),  # they share a group
+            (["alice"], ["bob"], False),
+            (["alice"], [], False),
+            ([], ["alice"], False),
+            ([], [], True),
+        ],
+    )
+    def test_only_whom_it_was_computed_for(self, made, reader, found):
+        cache = cache_of()
+        put(cache, PLAIN, PROMPT, made)
+        assert (cache.lookup(PLAIN, PROMPT, reader) is not None) == found
+
+    def test_who_computes_the_same_may_find_it_from_then_on_and_forgetting_either_drops_it(self):
+        cache = cache_of()
+        put(cache, PLAIN, PROMPT, ["alice"])
+        put(cache, PLAIN, PROMPT, ["bob"])
+        for reader in ("alice", "bob"):
+            cache.lookup(PLAIN, PROMPT, [reader]).release()
+        cache.forget("bob")
+        assert cache.lookup(PLAIN, PROMPT, ["alice"]) is None

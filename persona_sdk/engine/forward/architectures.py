@@ -5,6 +5,7 @@ grouped heads, then a pre-norm gated MLP. `blocks_of` reads its parts; everythin
 path. What the table claims is checked against the model itself when an engine is made.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,14 @@ class Block:
     """One decoder layer. Paths are the base model's module paths, by which adapters name them."""
 
     path: str
-    input_norm: nn.Module
+    input_norm: "Norm"
     q: nn.Linear
     k: nn.Linear
     v: nn.Linear
     o: nn.Linear
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    post_norm: nn.Module
+    q_norm: "Norm | None"
+    k_norm: "Norm | None"
+    post_norm: "Norm"
     gate: nn.Linear
     up: nn.Linear
     down: nn.Linear
@@ -36,11 +37,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A whole decoder: token embeddings, layers, final norm, output head, rotary table."""
+    """A whole decoder: token embeddings, layers, final norm, output head, rotary table.
+
+    Tensors are the model's own, modules are not: a training run may take the module tree apart meanwhile.
+    """
 
     embed: nn.Module
     layers: tuple[Block, ...]
-    norm: nn.Module
+    norm: "Norm"
     head: nn.Linear
     rotary: nn.Module
     heads: int
@@ -60,37 +64,51 @@ def blocks_of(module: Any) -> Blocks | None:
     decoder = module.model
     layers = tuple(_block(f"model.layers.{i}", layer) for i, layer in enumerate(decoder.layers))
     return Blocks(
-        embed=decoder.embed_tokens,
+        embed=_shared(decoder.embed_tokens),
         layers=layers,
-        norm=decoder.norm,
+        norm=Norm.of(decoder.norm),
         head=module.lm_head,
-        rotary=decoder.rotary_emb,
+        rotary=copy.deepcopy(decoder.rotary_emb),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=layers[0].q.out_features // config.num_attention_heads,
     )
 
 
+def _shared(embed: Any) -> nn.Module:
+    """Token embeddings over the same tensor."""
+    weight = embed.weight.detach()
+    return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
+
+
 def _block(path: str, layer: Any) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     return Block(
         path=path,
-        input_norm=layer.input_layernorm,
+        input_norm=Norm.of(layer.input_layernorm),
         q=attention.q_proj,
         k=attention.k_proj,
         v=attention.v_proj,
         o=attention.o_proj,
-        q_norm=getattr(attention, "q_norm", None),
-        k_norm=getattr(attention, "k_norm", None),
-        post_norm=layer.post_attention_layernorm,
+        q_norm=Norm.of(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        k_norm=Norm.of(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        post_norm=Norm.of(layer.post_attention_layernorm),
         gate=mlp.gate_proj,
         up=mlp.up_proj,
         down=mlp.down_proj,
-        activation=mlp.act_fn,
+        activation=copy.deepcopy(mlp.act_fn),
         scale=float(attention.scaling),
     )
 
 
-def norm_of(module: Any) -> tuple[Tensor, float]:
-    """Weight and epsilon of an RMS norm."""
-    return module.weight, float(module.variance_epsilon)
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm."""
+
+    weight: Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, module: Any) -> "Norm":
+        """That of a module."""
+        return cls(module.weight.detach(), float(module.variance_epsilon))

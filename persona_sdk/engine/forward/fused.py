@@ -8,13 +8,12 @@ when packed (`FusedForward.bytes` says how much), so training on the module tree
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from persona_sdk.engine.forward.architectures import Block, Blocks, norm_of
+from persona_sdk.engine.forward.architectures import Block, Blocks, Norm
 from persona_sdk.engine.forward.attention import attend, decode_attention, rotate
 from persona_sdk.engine.forward.base import Branches, embedded
 from persona_sdk.engine.forward.batch import PackedBatch
@@ -138,9 +137,8 @@ class _Attention:
         return out.to(qkv.dtype)
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    weight, epsilon = norm_of(norm)
-    return rms_norm(x, weight, epsilon)
+def _normed(norm: Norm, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, norm.epsilon)
 
 
 def _site(index: int, linears: Sequence[nn.Linear], paths: Sequence[str]) -> Site:

@@ -56,13 +56,13 @@ class GeneralForward:
     ) -> Float[Tensor, "outputs vocab"]:
         """See `Forward`."""
         layout = _Padded(batch)
-        inputs: dict[str, Any]
-        if batch.vectors:
-            embeds = embedded(self._model.module.get_input_embeddings(), batch)
-            inputs = {"inputs_embeds": layout.spread(embeds)}
-        else:
-            inputs = {"input_ids": layout.spread(batch.tokens)}
+        inputs: dict[str, Any] = {}
         with self.applying(branches):
+            if batch.vectors:
+                embeds = embedded(self._model.module.get_input_embeddings(), batch)
+                inputs["inputs_embeds"] = layout.spread(embeds)
+            else:
+                inputs["input_ids"] = layout.spread(batch.tokens)
             out = self._model.module(
                 **inputs,
                 attention_mask=self._masks(layout),

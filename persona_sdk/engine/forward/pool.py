@@ -56,12 +56,13 @@ class TokenPool:
             torch.zeros(first, layer.kv_heads, layer.value_dim, device=device, dtype=dtype)
             for layer in self.layers
         ]
+        self._capacity = first
         self._free: NDArray[np.int64] = np.arange(1, first)
 
     @property
     def capacity(self) -> int:
         """Token slots that exist, the zero slot included."""
-        return int(self.keys[0].shape[0])
+        return self._capacity
 
     @property
     def used(self) -> int:
@@ -128,10 +129,12 @@ class TokenPool:
                             pools[layer] = torch.cat(
                                 [pool, pool.new_zeros(size - pool.shape[0], *pool.shape[1:])]
                             )
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
                 continue
+            # Only now: after a failure some layers are larger than others, which later growth makes up for.
+            self._capacity = size
             self._free = np.concatenate([self._free, np.arange(old, size)])
             return
         raise DeviceMemoryError(
@@ -140,5 +143,8 @@ class TokenPool:
         )
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch says so in words of its own on every system."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("not enough memory", "can't allocate memory"))

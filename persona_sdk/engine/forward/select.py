@@ -24,9 +24,13 @@ def forward_of(model: LanguageModel, *, fused: bool = True) -> Forward:
     blocks = blocks_of(model.module) if fused else None
     if blocks is None:
         return general
-    forward = FusedForward(blocks)
-    difference = disagreement(forward, general, model)
-    if difference > _TOLERANCE.get(model.dtype, 0.05):
+    try:
+        forward = FusedForward(blocks)
+        difference = disagreement(forward, general, model)
+    except BaseException:
+        general.close()
+        raise
+    if not difference <= _TOLERANCE.get(model.dtype, 0.05):  # NaN is no agreement
         logger.warning("%s: the fused pass is off by %.2g, using the general one", model.name, difference)
         return general
     general.close()

@@ -46,6 +46,7 @@ logger = logging.getLogger("persona_sdk.engine")
 Load: TypeAlias = Callable[[], TensorBundle]
 
 _UNWRITTEN = 4  # blocks out of host memory that may wait for the disk, beyond the host's budget
+_LINGER = 2.0  # seconds an idle worker waits for more
 _REMEMBERED = 1024  # layouts of adapters that found no slot, so that waiting does not load them again
 
 
@@ -210,6 +211,17 @@ class AdapterTiers:
             self._ranks.add(rank)
             self._queue[key] = load
             self._wake()
+
+    def arriving(self, digest: Digest) -> bool:
+        """Whether an adapter is on its way into host memory: to acquire it now would mean to wait."""
+        with self._lock:
+            keys = [Key(digest, rank) for rank in self._ranks]
+            return any(key in self._flights or key in self._queue for key in keys)
+
+    def trim(self) -> None:
+        """Take everything that nobody uses off the device."""
+        with self._lock:
+            self._slots.trim()
 
     def resident(self, digest: Digest) -> bool:
         """Whether an adapter stands in a slot."""
@@ -391,7 +403,9 @@ class AdapterTiers:
         while True:
             with self._news:
                 while not (self._queue or self._closed or self._unwritten()):
-                    self._news.wait()
+                    if not self._news.wait(_LINGER) and not (self._queue or self._unwritten()):
+                        self._worker = None  # a thread that waits would keep all this memory alive
+                        return
                 if self._closed:
                     return
             try:

@@ -162,13 +162,20 @@ class PrefixCache:
         return self._budget > 0 and self.keepable(tokens) > cached
 
     def lookup(
-        self, plan: CompositionPlan, tokens: Sequence[int], scopes: Collection[str] = ()
+        self,
+        plan: CompositionPlan,
+        tokens: Sequence[int],
+        scopes: Collection[str] = (),
+        *,
+        spill: bool = True,
     ) -> Hit | None:
         """The longest kept beginning of a prompt that leaves at least one token to compute.
 
-        Without `scopes`, the spill is not asked: it gives only what belongs to one of them.
+        Found is only what was computed for one of these `scopes`, or for nobody if there are none: else the
+        time to the first token would tell one persona what another was told. The same holds of the spill,
+        which is not asked without scopes or with ``spill=False``.
         """
-        hit = self._search(plan, tuple(tokens), tuple(scopes))
+        hit = self._search(plan, tuple(tokens), tuple(scopes), spill=spill)
         with self._lock:
             self._counts["lookups"] += 1
             if hit is not None:
@@ -227,6 +234,8 @@ class PrefixCache:
             parent, shared = self._find(key, kept, lead, hashes) or (None, 0)
             if parent is not None:
                 self._touch(parent)
+                for entry in parent.line():  # computed for these scopes as well
+                    entry.scopes |= frozenset(scopes)
                 if shared == len(kept):
                     return True
             if start and (parent is None or shared < start):
@@ -235,6 +244,13 @@ class PrefixCache:
             own = in_host(part(bundle, offset - begins, lead + len(kept) - begins))
             news = hashes[0 if parent is None and lead else shared // self.block + 1 :]
             return self._file(_Entry(key, kept, lead, offset, own, frozenset(scopes), tuple(news), parent))
+
+    def serve(self, shape: KVShape | None, spill: Spill | None = None) -> None:
+        """Say what the engine's pool takes, and who may know more. None as a shape: keep nothing."""
+        with self._lock:
+            self._shape, self.spill = shape, spill
+            if shape is None:
+                self._budget = 0
 
     def forget(self, scope: str) -> int:
         """Drop and overwrite what was made for `scope` and all that continues it; how many entries."""
@@ -265,13 +281,15 @@ class PrefixCache:
         key = composition_key(plan)
         return [root(key, self.block), *chain(key, tokens, self.block)]
 
-    def _search(self, plan: CompositionPlan, prompt: tuple[int, ...], scopes: tuple[str, ...]) -> Hit | None:
+    def _search(
+        self, plan: CompositionPlan, prompt: tuple[int, ...], scopes: tuple[str, ...], *, spill: bool = True
+    ) -> Hit | None:
         key, lead, hashes = composition_key(plan), lead_length(plan), self._hashes(plan, prompt[:-1])
         with self._lock:
             mark = self._counts["forgotten"]
-            hit = self._lend(self._find(key, prompt, lead, hashes))
+            hit = self._lend(self._find(key, prompt, lead, hashes, frozenset(scopes)))
         shortest = int(not lead) if hit is None else hit.tokens // self.block + 1
-        if self.spill is None or not scopes or shortest >= len(hashes):
+        if self.spill is None or not spill or not scopes or shortest >= len(hashes):
             return hit
         found = self.spill.load(list(reversed(hashes[shortest:])), scopes)
         loaded = None if found is None else self._take(plan, prompt, found, scopes, mark)
@@ -312,9 +330,17 @@ class PrefixCache:
         return Hit(tokens=len(tokens), length=length, parts=(part(bundle, 0, length),))
 
     def _find(
-        self, key: Digest, prompt: tuple[int, ...], lead: int, hashes: Sequence[Digest]
+        self,
+        key: Digest,
+        prompt: tuple[int, ...],
+        lead: int,
+        hashes: Sequence[Digest],
+        reader: frozenset[str] | None = None,
     ) -> tuple[_Entry, int] | None:
-        """The entry with the last of these boundaries that is kept, and the tokens up to it."""
+        """The entry with the last of these boundaries that is kept, and the tokens up to it.
+
+        With a `reader`, only entries that were made for one of its scopes, or for nobody if it has none.
+        """
         for place in range(len(hashes) - 1, -1 if lead else 0, -1):
             length = place * self.block
             entry = self._at.get(hashes[place])
@@ -322,6 +348,7 @@ class PrefixCache:
                 entry is not None
                 and (entry.key, entry.lead) == (key, lead)
                 and entry.tokens[:length] == prompt[:length]
+                and (reader is None or entry.scopes & reader or not entry.scopes | reader)
             ):
                 return entry, length
         return None
