@@ -124,7 +124,7 @@ class Persona:
             tags: labels of your own.
             semantic_type: fact, preference, event, writing, ...
             searchable: False keeps them out of recall and out of prompts, as for training texts.
-            pinned: True puts them into every prompt, first and whatever is asked; see `warm`.
+            pinned: True puts them into every prompt, first and whatever is asked, also unsearchable ones.
 
         Raises:
             InvalidInputError: a text is blank or longer than `MAX_TEXT` characters.

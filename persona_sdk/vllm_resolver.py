@@ -70,9 +70,11 @@ class PersonaResolver:
         store = environment.get("PERSONA_STORE")
         if not store:
             return None
+        # One folder a store: each deletes what its own store no longer holds.
+        name = hashlib.sha256(str(Path(store).expanduser().resolve()).encode()).hexdigest()[:16]
         return cls(
             Path(store).expanduser(),
-            Path(environment.get("PERSONA_EXPORTS") or files.cache_dir() / "exports").expanduser(),
+            Path(environment.get("PERSONA_EXPORTS") or files.cache_dir() / "exports" / name).expanduser(),
             model=environment.get("PERSONA_MODEL") or None,
             partial=environment.get("PERSONA_EXPORT_PARTIAL", "") == "1",
         )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba  # noqa: F401 - now: it looks at `print` when it is imported, and the examples run under another one
 import pytest
 from pytest_examples import CodeExample, EvalExample, find_examples
 

@@ -7,6 +7,7 @@ Requests join and leave between steps; each row gets what it would get alone. Th
 first request and ends when there is nothing to do, so an idle engine holds no thread.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -37,6 +39,16 @@ from persona_sdk.tensors import TensorBundle
 logger = logging.getLogger("persona_sdk.engine")
 
 _LINGER = 1.0  # seconds an idle worker waits for another request
+
+
+_open: "WeakSet[Engine]" = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread must not be in the middle of a product when the interpreter goes."""
+    for engine in list(_open):
+        engine.close()
 
 
 class Engine:
@@ -72,6 +84,7 @@ class Engine:
         self._news = threading.Condition()
         self._worker: threading.Thread | None = None
         self._closed = False
+        _open.add(self)
 
     def __enter__(self) -> "Engine":
         return self
