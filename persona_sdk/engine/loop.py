@@ -190,6 +190,7 @@ class Loop:
                 table = self.pool.take(entries(request) + request.plan.options.max_new_tokens)
             if table is None:
                 self._release(slots)
+                slots.clear()
                 return self._alone(generation) if not self.rows else None
             row = Row(
                 generation,

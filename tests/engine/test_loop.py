@@ -18,14 +18,16 @@ from persona_sdk.errors import (
     BudgetError,
     CompositionError,
     CorruptBlobError,
+    DeviceMemoryError,
     EngineError,
     EngineStoppedError,
+    IncompatibleAdapterError,
     NumericalError,
     QueueFullError,
 )
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import CompositionPlan, DecodingRule, KVPrefix
-from persona_sdk.tensors import digest, freeze, low_rank_bundle, low_rank_pairs
+from persona_sdk.tensors import digest, freeze, low_rank_bundle, low_rank_pairs, size_bytes
 
 from .support import patch, random_factors, request, soft_prefix
 
@@ -212,6 +214,20 @@ class TestSteering:
                 assert int(logits.argmax()) == token
                 row.tokens.append(token)
 
+    def test_a_steer_before_the_first_token_waits_for_the_prompt(self, tiny):
+        factors = random_factors(tiny, 1, scale=0.6)
+        options = {"max_new_tokens": 20, "ignore_eos": True}
+        row = request(tiny, tuple(range(100, 150)), (patch(factors),), (factors,), **options)
+        with Engine(tiny, EngineOptions(prefill_tokens=7)) as engine:
+            completions = []
+            for _ in range(2):  # with a cold and with a warm prefix cache
+                generation = engine.submit(row)
+                generation.steer({0: (-1.0,) * 4})
+                completions.append(generation.result(10))
+        assert completions[0].steers[0].token >= 1
+        assert {c.steers[0].token for c in completions} == {1}
+        assert completions[0].tokens == completions[1].tokens
+
     def test_neighbours_and_shared_factors_do_not_notice(self, engine, solo, tiny):
         factors = random_factors(tiny, 2)
         row = request(tiny, PROMPTS[0], (patch(factors),), (factors,), max_new_tokens=40, ignore_eos=True)
@@ -315,6 +331,36 @@ class TestFaults:
         with Engine(tiny, EngineOptions(kv_bytes=130 * 2 * 2 * 2 * 8 * 4)) as engine:
             alone = [solo.generate([row])[0].tokens for row in rows]
             assert [completion.tokens for completion in engine.generate(rows)] == alone
+
+    def test_idle_adapters_make_room_and_what_can_never_fit_together_is_told_so(self, tiny, solo):
+        small = [random_factors(tiny, seed, 8) for seed in range(6)]
+        large = [random_factors(tiny, seed, 16) for seed in (7, 8)]
+        block = size_bytes(small[0])
+        with Engine(tiny, EngineOptions(device_bytes=4 * block, prefix_bytes=0)) as engine:
+            for factors in small:  # fill the device with idle adapters of one layout
+                engine.generate([request(tiny, PROMPTS[0], (patch(factors),), (factors,))])
+            both = request(tiny, PROMPTS[0], (patch(small[5]), patch(large[0])), (small[5], large[0]))
+            assert engine.submit(both).result(20).tokens == solo.generate([both])[0].tokens
+            bundles = (*large, small[0])
+            never = request(tiny, PROMPTS[0], tuple(map(patch, bundles)), bundles)
+            assert isinstance(engine.submit(never).result(20).error, BudgetError)
+            assert engine.submit(both).result(20).error is None
+
+    def test_a_kv_prefix_of_another_shape_fails_its_row_alone(self, engine, solo, tiny):
+        plan = CompositionPlan(tiny.fingerprint)
+        bundle = freeze({"keys": torch.zeros(1, 4, 2, 8), "values": torch.zeros(1, 4, 2, 8)})
+        part = KVPrefix(cache=digest(bundle), length=4, origin="odd", composition=composition_key(plan))
+        failed, plain = engine.generate(
+            [request(tiny, PROMPTS[0], (part,), (bundle,)), request(tiny, PROMPTS[0])]
+        )
+        assert isinstance(failed.error, IncompatibleAdapterError)
+        assert plain.tokens == solo.generate([request(tiny, PROMPTS[0])])[0].tokens
+        self.fine(engine, tiny, solo)
+
+    def test_more_rows_than_there_are(self, engine, tiny):
+        with pytest.raises(DeviceMemoryError, match="room for 3 of 4 rows"):
+            engine.logits([request(tiny, PROMPTS[0])] * 4)
+        assert nothing_is_held(engine)
 
     def test_an_adapter_that_cannot_be_read_at_admission(self, engine, solo, tiny):
         class Broken(UserDict):

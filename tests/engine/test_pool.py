@@ -97,3 +97,29 @@ def test_a_full_device_gets_a_smaller_pool_then_an_error(monkeypatch):
     monkeypatch.undo()
     assert made.used == 1400
     assert made.take(2000) is not None  # nothing was lost
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+)
+def test_a_growth_that_fails_halfway_loses_no_slot(monkeypatch, error):
+    made, calls = pool(100_000), []
+    real = torch.Tensor.new_zeros
+
+    def failing(tensor, *shape, **options):
+        calls.append(shape)
+        if len(calls) > 2:
+            raise error
+        return real(tensor, *shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", failing)
+    with pytest.raises(DeviceMemoryError):
+        made.take(1500)
+    monkeypatch.undo()
+    assert made.used == 0
+    slots = made.take(3000)
+    assert slots is not None
+    assert slots.max() < min(len(layer) for layer in (*made.keys, *made.values))
+    made.give(slots)
+    assert made.used == 0
