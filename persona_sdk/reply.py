@@ -149,14 +149,18 @@ class TextDecoder:
     def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = stop_strings
+        self._window = 4 * max(map(len, stop_strings), default=0) + 16  # bytes of the longest, and slack
 
     def text(self, tokens: Sequence[int]) -> str:
         """The final text of these tokens."""
         return self._cut(tokens)[0]
 
     def stopped(self, tokens: Sequence[int]) -> bool:
-        """Whether a stop string has appeared."""
-        return bool(self._stops) and self._cut(tokens)[1]
+        """Whether a stop string has appeared, asked after every token.
+
+        Only the last tokens are decoded: what is before them was looked at already. The worker waits for this.
+        """
+        return bool(self._stops) and self._cut(tokens[-self._window :])[1]
 
     def settled(self, tokens: Sequence[int]) -> str:
         """The part of the text that later tokens cannot change any more."""
