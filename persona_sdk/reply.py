@@ -149,7 +149,7 @@ class TextDecoder:
     def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = stop_strings
-        self._window = 4 * max(map(len, stop_strings), default=0) + 16  # bytes of the longest, and slack
+        self._window = 4 * max(map(len, stop_strings), default=0) + 16  # its bytes, and slack
 
     def text(self, tokens: Sequence[int]) -> str:
         """The final text of these tokens."""
