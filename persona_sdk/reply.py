@@ -158,7 +158,7 @@ class TextDecoder:
     def stopped(self, tokens: Sequence[int]) -> bool:
         """Whether a stop string has appeared, asked after every token.
 
-        Only the last tokens are decoded: what is before them was looked at already. The worker waits for this.
+        Only the last tokens are decoded, as the worker waits for this: those before were looked at already.
         """
         return bool(self._stops) and self._cut(tokens[-self._window :])[1]
 
