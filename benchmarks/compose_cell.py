@@ -122,6 +122,8 @@ class Stage:
 
             data["ops"] = {}
             for name, call in calls.items():
+                call()  # the first step of a batch also arranges its rows
+                restore(name)
                 data["ops"][name] = count_ops(call)
                 restore(name)
             data["timing"] = asdict(interleave(calls, iterations=cell.iterations, restore=restore))

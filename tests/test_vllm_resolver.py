@@ -283,7 +283,9 @@ class TestPlugin:
     def test_the_environment(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PERSONA_CACHE", str(tmp_path))
         made = PersonaResolver.from_environment({"PERSONA_STORE": "s", "PERSONA_MODEL": ""})
-        assert (made._folder, made._exports) == (Path("s"), tmp_path / "exports")
+        assert (made._folder, made._exports.parent) == (Path("s"), tmp_path / "exports")
+        other = PersonaResolver.from_environment({"PERSONA_STORE": "t"})
+        assert other._exports != made._exports  # each deletes what its own store no longer holds
         assert (made._model, made._partial) == (None, False)
         made = PersonaResolver.from_environment({"PERSONA_STORE": "s", "PERSONA_EXPORT_PARTIAL": "1"})
         assert made._partial

@@ -222,7 +222,7 @@ class BlockAssembler:
         """Keys and values of a block at the positions it was made at, kept from now on."""
         alone = replace(plan, parts=plan.of(LowRankPatch))
         tokens = (*before, *block)
-        hit = self.kept.lookup(alone, (*tokens, _NO_TOKEN))
+        hit = self.kept.lookup(alone, (*tokens, _NO_TOKEN), scopes)
         if hit is not None:
             with hit:
                 if hit.tokens == len(tokens):
