@@ -269,7 +269,7 @@ def test_a_block_is_found_by_composition_and_all_tokens_only():
         solo = Scene(model=one.model)
         assert torch.equal(own, solo.assembled(PROMPT, nothing, plan=plan)[0])
         if other is not None:
-            assert not torch.equal(own, other.assembled(PROMPT, nothing, plan=plans[0])[0])
+            assert not torch.equal(own, other.assembled(PROMPT, nothing, plan=plans[0], scopes=("x",))[0])
     # Another gate, another head before the block, one more token or one less: computed anew each time.
     gate = CompositionPlan(base.fingerprint, (patch(factors[0], (1.0, 1, 1, 0.5)),))
     variants = [
@@ -278,11 +278,11 @@ def test_a_block_is_found_by_composition_and_all_tokens_only():
         (plans[0], BlockPrompt(HEAD, ((*A, 9), B[:-1]), QUESTION)),
     ]
     alice.calls.clear()
-    alice.assembled(PROMPT, nothing, plan=plans[0])
+    alice.assembled(PROMPT, nothing, plan=plans[0], scopes=("x",))
     assert len(alice.calls) == 1
     for plan, prompt in variants:
         alice.calls.clear()
-        alice.assembled(prompt, nothing, plan=plan)
+        alice.assembled(prompt, nothing, plan=plan, scopes=("x",))
         assert len(alice.calls) > 1
 
 
