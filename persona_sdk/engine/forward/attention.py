@@ -17,20 +17,22 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, no_type_check
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_sdk.engine.compiled import compiled
 from persona_sdk.engine.forward.batch import PackedBatch
 from persona_sdk.engine.forward.pool import TokenPool
 
 
 def rotate(
-    x: Float[Tensor, "tokens heads head_dim"],
+    x: Float[Tensor, "*layers tokens heads head_dim"],
     cos: Float[Tensor, "tokens rotary_dim"],
     sin: Float[Tensor, "tokens rotary_dim"],
-) -> Float[Tensor, "tokens heads head_dim"]:
+) -> Float[Tensor, "*layers tokens heads head_dim"]:
     """Rotary position embedding in the half-split convention; dimensions past `rotary_dim` pass through."""
     width = cos.shape[1]
     turned, rest = x[..., :width], x[..., width:]
@@ -101,15 +103,9 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
     the layer's pools, ``tables [rows, width]``, ``seen [rows]``, the scale, ``kv_heads`` and
     ``out [rows, heads head_dim]``. Constants of the closure let the compiler unroll over `head_dim`.
     """
-    try:
-        import numba
-    except ImportError:
-        return None
-    import numpy as np
-
     half, zero, lowest = rotary_dim // 2, np.float32(0), np.float32(-np.inf)
 
-    @no_type_check  # numba compiles the bare function
+    @no_type_check  # see compiled.py
     def step(
         qkv: Any,
         cos: Any,
@@ -186,9 +182,4 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
                     for d in range(head_dim):
                         out[row, first + d] = total[head, r, d]
 
-    # "nnan" and "ninf" stay off: a row with NaN must stay NaN, so that it is found and stopped.
-    flags = {"nsz", "arcp", "contract", "afn", "reassoc"}
-    compiled: Callable[..., None] = numba.njit(fastmath=flags, nogil=True, error_model="numpy", cache=True)(
-        step
-    )
-    return compiled
+    return compiled(step)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from persona_sdk.engine.forward.attention import gathered
 from persona_sdk.engine.forward.base import Branches, embedded
 from persona_sdk.engine.forward.batch import PackedBatch
 from persona_sdk.engine.forward.pool import LayerShape, TokenPool
@@ -155,11 +156,7 @@ class _PoolLayer(CacheLayerMixin):  # type: ignore[misc]
         batch, real = self._layout.batch, self._layout.real
         key, value = key_states.transpose(1, 2)[real], value_states.transpose(1, 2)[real]
         self._pool.write(self._layer, batch.slots, key, value)
-        dtype = key_states.dtype
-        return (
-            self._pool.keys[self._layer][batch.tables].to(dtype).transpose(1, 2),
-            self._pool.values[self._layer][batch.tables].to(dtype).transpose(1, 2),
-        )
+        return gathered(batch, self._pool, self._layer, key_states.dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Key length and offset. Masks are given ready made; this answers who asks anyway."""

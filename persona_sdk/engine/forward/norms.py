@@ -8,10 +8,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, no_type_check
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from persona_sdk.engine.compiled import compiled
 
 _FEW = 128  # rows; beyond, torch's threads win
 
@@ -21,9 +24,8 @@ def rms_norm(
 ) -> Float[Tensor, "*tokens d"]:
     """The normalised rows, as a new tensor."""
     few = x.ndim == 2 and len(x) <= _FEW and x.device.type == "cpu" and x.is_contiguous()
-    if not few or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return F.rms_norm(x, weight.shape, weight, epsilon)
-    kernel = _compiled()
+    few = few and x.dtype == weight.dtype == torch.float32
+    kernel = _kernel() if few else None
     if kernel is None:
         return F.rms_norm(x, weight.shape, weight, epsilon)
     out = torch.empty_like(x)
@@ -31,27 +33,18 @@ def rms_norm(
     return out
 
 
+@no_type_check  # see compiled.py
+def _rows(x: Any, weight: Any, epsilon: Any, out: Any) -> None:
+    width = x.shape[1]
+    for row in range(x.shape[0]):
+        line, into, total = x[row], out[row], np.float32(0)
+        for d in range(width):
+            total += line[d] * line[d]
+        scale = np.float32(1 / np.sqrt(total / width + epsilon))
+        for d in range(width):
+            into[d] = line[d] * scale * weight[d]
+
+
 @cache
-def _compiled() -> Callable[..., None] | None:
-    try:
-        import numba
-    except ImportError:
-        return None
-    import numpy as np
-
-    @no_type_check  # numba compiles the bare function
-    def rows(x: Any, weight: Any, epsilon: Any, out: Any) -> None:
-        width = x.shape[1]
-        for row in range(x.shape[0]):
-            line, into, total = x[row], out[row], np.float32(0)
-            for d in range(width):
-                total += line[d] * line[d]
-            scale = np.float32(1 / np.sqrt(total / width + epsilon))
-            for d in range(width):
-                into[d] = line[d] * scale * weight[d]
-
-    flags = {"nsz", "arcp", "contract", "afn", "reassoc"}  # NaN stays NaN
-    compiled: Callable[..., None] = numba.njit(fastmath=flags, nogil=True, error_model="numpy", cache=True)(
-        rows
-    )
-    return compiled
+def _kernel() -> Callable[..., None] | None:
+    return compiled(_rows)

@@ -17,7 +17,6 @@ prefetcher. That took up to a sixth less time than A and B of each direction in 
 time (more streams), prefetch instructions and blocks of rows were slower or no faster.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, no_type_check
@@ -27,12 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_sdk.engine.compiled import compiled
 from persona_sdk.engine.low_rank.lanes import Lane
 
-logger = logging.getLogger("persona_sdk.engine")
 
-
-@no_type_check  # numba compiles the bare function
+@no_type_check  # see compiled.py
 def _kernel(data: Any, x: Any, y: Any, table: Any, rank: Any, jobs: Any, gates: Any) -> None:
     d_in, modules = x.shape[1], table.shape[0]
     hidden = np.empty((modules, rank), np.float32)
@@ -62,31 +60,11 @@ def _kernel(data: Any, x: Any, y: Any, table: Any, rank: Any, jobs: Any, gates: 
 
 
 @cache
-def compiled() -> Callable[..., None] | None:
-    """The compiled kernel; None where numba cannot be imported.
-
-    The machine code is kept beside this file, or in the user's cache folder where that is read-only.
-    """
-    try:
-        import numba
-    except ImportError:
-        logger.info("numba cannot be imported; low-rank branches run in torch.")
-        return None
-    # "nnan" and "ninf" stay off: a row with NaN must stay NaN, so that it is found and stopped.
-    options: dict[str, Any] = {
-        "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"},
-        "nogil": True,
-        "error_model": "numpy",
-    }
+def kernel() -> Callable[..., None] | None:
+    """The compiled kernel; None where numba cannot be imported."""
     # One signature, so that nothing is compiled in the middle of a step.
     numbers, places = "float32[:, ::1]", "int64[:, ::1]"
-    signature = f"void({numbers}, {numbers}, {numbers}, {places}, int64, {places}, {numbers})"
-    kernel: Callable[..., None]
-    try:
-        kernel = numba.njit(signature, cache=True, **options)(_kernel)
-    except RuntimeError:  # no folder to keep machine code in
-        kernel = numba.njit(signature, **options)(_kernel)
-    return kernel
+    return compiled(_kernel, f"void({numbers}, {numbers}, {numbers}, {places}, int64, {places}, {numbers})")
 
 
 def runs_on(data: Tensor) -> bool:
@@ -95,7 +73,7 @@ def runs_on(data: Tensor) -> bool:
         data.device.type == "cpu"
         and data.dtype == torch.float32
         and data.is_contiguous()
-        and compiled() is not None
+        and kernel() is not None
     )
 
 
@@ -105,9 +83,9 @@ class Indexed:
     contiguous = True
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
-        kernel = compiled()
-        assert kernel is not None
-        self._kernel, self._data = kernel, lanes[0].data.numpy()
+        found = kernel()
+        assert found is not None
+        self._kernel, self._data = found, lanes[0].data.numpy()
         self._factors, self._rank = lanes[0].factors.sites, lanes[0].factors.rank
         jobs, gates = [], []
         for lane in lanes:

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from persona_sdk.engine.forward.attention import rotate
 from persona_sdk.errors import InvalidInputError
 
 
@@ -45,11 +46,7 @@ def rotate_keys(
     sin: Float[Tensor, "tokens rotary"],
 ) -> Float[Tensor, "layers tokens kv_heads head_dim"]:
     """Keys turned from the positions they were made at to new ones; see `delta_cos_sin`."""
-    rotary = cos.shape[1]
-    turned, still = keys[..., :rotary].to(cos.dtype), keys[..., rotary:]
-    a, b = turned.chunk(2, dim=-1)
-    turned = turned * cos[:, None, :] + torch.cat([-b, a], dim=-1) * sin[:, None, :]
-    return torch.cat([turned.to(keys.dtype), still], dim=-1)
+    return rotate(keys.to(cos.dtype), cos, sin).to(keys.dtype)
 
 
 def key_deviation(
