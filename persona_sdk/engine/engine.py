@@ -213,7 +213,7 @@ class Engine:
         """
         self._prefixes.forget(scope)
         if self._loop is not None:
-            self._loop.tiers.clear()
+            self._loop.table.tiers.clear()
 
     @contextmanager
     def reserved(self, requests: Sequence[Request]) -> Iterator[tuple[Loop, list[Row]]]:
@@ -223,7 +223,7 @@ class Engine:
             rows: list[Row] = []
             try:
                 for request in requests:
-                    row = loop.reserve(Generation(request, lambda: None))
+                    row = loop.table.reserve(Generation(request, lambda: None))
                     if row is None:
                         raise DeviceMemoryError(
                             f"There is room for {len(rows)} of {len(requests)} rows now.",
@@ -233,7 +233,7 @@ class Engine:
                 yield loop, rows
             finally:
                 for row in rows:
-                    loop.free(row)
+                    loop.table.free(row)
 
     def _bring_prefix(self, request: Request) -> None:
         """Read a kept prefix from disk here, in the caller's thread: the worker must not wait for it."""

@@ -55,7 +55,7 @@ class FixedSteps:
 
         def call(input_ids: Tensor, **inputs: Any) -> Any:
             lengths = [input_ids.shape[1]] * len(numbers)
-            branches = self.loop.patches.batch(numbers, lengths, input_ids.device)
+            branches = self.loop.table.patches.batch(numbers, lengths, input_ids.device)
             with forward.applying(branches):
                 return module(input_ids=input_ids, **inputs)
 

@@ -106,7 +106,7 @@ def test_every_row_gets_what_it_gets_alone_whatever_arrives_and_leaves_when(engi
 
 def nothing_is_held(engine: Engine) -> bool:
     loop = engine._loop
-    return loop is None or (loop.idle and loop.pool.used == 0 and loop.tiers.stats().held == 0)
+    return loop is None or (loop.idle and loop.table.pool.used == 0 and loop.table.tiers.stats().held == 0)
 
 
 def test_everything_is_given_back(engine, tiny):
@@ -207,7 +207,7 @@ class TestSteering:
                 row.past += row.remaining
             for token in completion.tokens:
                 if len(row.tokens) == steer.token:
-                    loop.patches.steer(row.number, 0, (1.0,) * 4)
+                    loop.table.patches.steer(row.number, 0, (1.0,) * 4)
                 if row.tokens:
                     logits = loop.forward_pass([row.number], [row.step()])
                     row.past += 1

@@ -293,18 +293,18 @@ def test_under_a_rows_own_patches_in_the_engines_pool(pick):
     row = request(model, PROMPT.tokens, (patch(factors),), (factors,))
     with Engine(model) as engine, engine.bench([row]) as steps, torch.inference_mode():
         loop, own = steps.loop, steps.rows[0]
-        wanted = loop.pool.export(own.table[: len(PROMPT.tokens)])
+        wanted = loop.table.pool.export(own.table[: len(PROMPT.tokens)])
 
         def run(forward, new):
             batch = pack([new], model.device)
-            branches = loop.patches.batch([own.number], forward.spread(batch.lengths), model.device)
-            return forward(batch, loop.pool, branches)
+            branches = loop.table.patches.batch([own.number], forward.spread(batch.lengths), model.device)
+            return forward(batch, loop.table.pool, branches)
 
-        assembler = BlockAssembler(model, loop.forward, loop.pool)
+        assembler = BlockAssembler(model, loop.forward, loop.table.pool)
         for fraction in (0.0, 1.0):
             options = ReuseOptions(fraction=fraction, pick=pick)
             run(loop.forward, assembler.assemble(run, own.table, row.plan, PROMPT, options))
-            got = loop.pool.export(own.table[: len(PROMPT.tokens)])
+            got = loop.table.pool.export(own.table[: len(PROMPT.tokens)])
             assert torch.allclose(got[VALUES], wanted[VALUES], atol=1e-5) == (fraction == 1)
         torch.testing.assert_close(got[KEYS], wanted[KEYS], atol=1e-5, rtol=1e-5)
 
