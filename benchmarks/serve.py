@@ -58,19 +58,20 @@ def grid(*, quick: bool, dtype: str, threads: int, with_vllm: bool) -> list[Cell
 
 
 def traces(*, quick: bool, draws: int) -> list[TraceConfig]:
-    """All traces, those of one draw and law together and in alternating order."""
-    numbers = (serve_tables.FEW, serve_tables.MANY) if quick else (5, 100, 1000, 2000)
-    requests = 40 if quick else 200
+    """All traces: draws of the fewest and the most adapters, which the bar compares, in alternating order;
+    then one draw of the numbers between, and of bursts.
+    """
+    requests = 40 if quick else 400
+    common = {"requests": requests, "rate": RATE}
     found = []
     for seed in range(draws):
         for law in ("uniform", "zipf"):
-            ordered = [numbers[int(i)] for i in turn([str(i) for i in range(len(numbers))], seed)]
-            found += [
-                TraceConfig(requests=requests, adapters=n, rate=RATE, law=law, seed=seed) for n in ordered
-            ]
+            ends = turn([str(serve_tables.FEW), str(serve_tables.MANY)], seed)
+            found += [TraceConfig(adapters=int(n), law=law, seed=seed, **common) for n in ends]
     if not quick:
         for law in ("uniform", "zipf"):
-            found.append(TraceConfig(requests=requests, adapters=2000, rate=RATE, law=law, cv=4.0))
+            found += [TraceConfig(adapters=n, law=law, **common) for n in (100, 1000)]
+            found.append(TraceConfig(adapters=serve_tables.MANY, law=law, cv=4.0, **common))
     return found
 
 

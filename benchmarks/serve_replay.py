@@ -111,7 +111,8 @@ def replay(model: LanguageModel, config: TraceConfig) -> dict[str, Any]:
             warm = Arrival(0.0, config.adapters, config.prompt[1], 4)
             engine.generate([request_of(model, warm, tensors)])
             found = _serve(engine, [request_of(model, one, tensors) for one in requests], requests)
-    return {**found, "distinct": distinct(requests, ROWS)}
+    touched = len({one.adapter for one in requests})
+    return {**found, "distinct": distinct(requests, ROWS), "touched": touched}
 
 
 def _serve(engine: Engine, requests: Sequence[Request], arrivals: Sequence[Arrival]) -> dict[str, Any]:

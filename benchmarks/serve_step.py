@@ -16,7 +16,7 @@ import gc
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from benchmarks.peers.vllm_rows import Vllm, VllmRows, export, export_base
 from benchmarks.serve_ours import OurRows
 from benchmarks.serve_scene import RANK, Scene
 from benchmarks.timing import Timing, interleave, turn
-from persona_sdk.engine import Engine, EngineOptions
+from persona_sdk.engine import Engine, EngineOptions, Request
 from persona_sdk.models import LanguageModel
 
 AGREE = {"float32": 0.9, "bfloat16": 0.0}  # least share of rows with equal tokens; bfloat16 rounds too much
@@ -215,7 +215,7 @@ class Stage:
         return {name: reply(batches[name], _CHECKED) for name in names if name in batches}
 
     def continuous(self, *, rows: int, width: int, tokens: int, turns: int) -> dict[str, Any]:
-        """The continuous batching of transformers batching against our base path, one generation a turn."""
+        """Whole replies by loops: that of transformers and ours, against our passes alone, in turns."""
         scene = self._scene(Cell("", "", "decode", rows, width, 1, turns, 1, ()))
         peer = ContinuousBatching(Base(self.model)._module, scene.tokens.tolist(), tokens)
         ours = OurRows(self.engine, scene.base_requests())
@@ -226,6 +226,7 @@ class Stage:
 
         runs: dict[str, Callable[[], tuple[float, float]]] = {
             "base": lambda: _timed_reply(ours, tokens),
+            "loop": lambda: timed_loop(self.engine, scene.base_requests(), tokens),
             "continuous": peers_turn,
         }
         found: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
@@ -256,6 +257,24 @@ def time_steps(batches: Mapping[str, Rows], phase: str, iterations: int) -> Timi
         for rows in batches.values():
             rows.stop()
         gc.collect()
+
+
+def timed_loop(engine: Engine, requests: Sequence[Request], tokens: int) -> tuple[float, float]:
+    """Seconds until every row has its first token, and between its later ones, by the engine's public API."""
+    marks: list[list[float]] = [[] for _ in requests]
+    options = requests[0].plan.options.model_copy(update={"max_new_tokens": tokens})
+    start = perf_counter()
+    generations = [
+        engine.submit(replace(request, plan=replace(request.plan, options=options))) for request in requests
+    ]
+    for generation, mine in zip(generations, marks, strict=True):
+        generation.listen(lambda mine=mine: mine.append(perf_counter()))  # type: ignore[misc]
+    for generation in generations:
+        if (done := generation.result()).error is not None:
+            raise BenchmarkError(f"A row failed: {done.error!r}.")
+    first = max(generation.first_token or 0.0 for generation in generations)
+    together = [mark for mark in marks[-1] if mark > first]  # the last row's, when all rows decode
+    return first - start, float(np.median(np.diff(together)))
 
 
 def _timed_reply(rows: Rows, tokens: int) -> tuple[float, float]:

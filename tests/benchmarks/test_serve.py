@@ -51,8 +51,8 @@ def step(**changes) -> tuple[Cell, dict]:
 
 def replayed(adapters: int, speed: float, **changes) -> tuple[TraceConfig, dict]:
     config = TraceConfig(**{"requests": 40, "adapters": adapters, "rate": 20.0, "law": "zipf"} | changes)
-    names = ("requests_per_second", "offered_per_second", "first_token_median", "first_token_p99", "distinct")
-    return config, {**dict.fromkeys(names, 1.0), "tokens_per_second": speed}
+    names = ("requests_per_second", "offered_per_second", "first_token_median", "first_token_p99")
+    return config, {**dict.fromkeys(names, 1.0), "tokens_per_second": speed, "distinct": 1.0, "touched": 1}
 
 
 def test_bars_follow_from_the_times():
@@ -153,6 +153,8 @@ def test_traces_come_in_pairs_and_alternate():
     full = serve.traces(quick=False, draws=3)
     assert {one.adapters for one in full} == {5, 100, 1000, 2000}
     assert {one.cv for one in full} == {1.0, 4.0}
+    keys = [(one.adapters, one.law, one.cv, one.seed) for one in full]
+    assert len(set(keys)) == len(keys)
 
 
 def test_the_figure_is_drawn_from_the_result_alone():
@@ -218,7 +220,9 @@ def test_a_step_is_timed_for_every_contender(stage, phase):
 def test_continuous_batching_takes_turns_with_our_base(stage):
     found = stage.continuous(rows=3, width=5, tokens=4, turns=2)
     _, tables, _ = summarise(Findings(continuous=found))
-    assert [row["step"] for row in tables["continuous batching of transformers"]] == ["prefill", "decode"]
+    rows = tables["continuous batching"]
+    assert [row["step"] for row in rows] == ["prefill", "prefill", "decode", "decode"]
+    assert all(row["ms"] > 0 for row in rows)
     assert all(len(times) == 2 for phase in found.values() for times in phase["wall"].values())
 
 
@@ -227,6 +231,7 @@ def test_a_trace_is_served_whole(tiny):
     found = serve_replay.replay(tiny, config)
     assert found["requests_per_second"] == pytest.approx(12 / found["seconds"])
     assert 0 < found["first_token_median"] <= found["first_token_p99"] <= found["seconds"]
+    assert 1 < found["touched"] <= 9
 
 
 def test_adapter_files_are_read_when_asked_for(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """The cost model: what it fits, what it chooses, and what it does with files that are not its own."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,20 @@ def test_a_damaged_or_foreign_file_is_measured_anew(tmp_path, content):
     assert load(CPU, tmp_path, fails) == other
 
 
+def test_what_a_busy_machine_could_not_measure_is_not_kept(tmp_path):
+    partial = CostModel(DEFAULT.kernels, complete=False)
+    assert load(CPU, tmp_path, lambda device: partial) is partial
+    assert list(tmp_path.iterdir()) == []
+    assert load(CPU, tmp_path, lambda device: MEASURED) == MEASURED
+
+
+def test_a_measurement_that_runs_out_of_time_says_so(monkeypatch):
+    monkeypatch.setattr(calibration, "_SECONDS", 0.0)
+    model = calibration.measured(CPU)
+    assert not model.complete
+    assert model.kernels["indexed"] == DEFAULT.kernels["indexed"]
+
+
 def test_without_a_place_to_write_it_works_uncached(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("a file where the folder should be")
@@ -182,6 +197,6 @@ def test_this_machine_can_be_measured(tmp_path, monkeypatch):
     assert set(model.kernels) <= set(DEFAULT.kernels)
     assert all(model.seconds(kernel, SHAPE) > 0 for kernel in model.kernels)
     assert calibration.cost_model(CPU) is model
-    assert CostModel.from_json(model.to_json()) == model
+    assert CostModel.from_json(model.to_json()) == replace(model, complete=True)
     assert calibration.branch_dtype(CPU, torch.float32) == torch.float32
     assert calibration.branch_dtype(CPU, torch.bfloat16) in (torch.float32, torch.bfloat16)

@@ -109,7 +109,7 @@ def measured(device: torch.device) -> CostModel:
     deadline = time.perf_counter() + _SECONDS
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     factors = Factors(synthetic(sites, 8, _SLOTS, dtype, device))
-    kernels = {}
+    kernels, complete = {}, True
     for kernel, prompt in itertools.product(("indexed", "segments", "batched", "dense"), _CASES):
         if kernel == "indexed" and not runs_on(factors.arena.data):
             continue
@@ -122,11 +122,12 @@ def measured(device: torch.device) -> CostModel:
                 seconds.append(min(times(batch, sites, rows * length, dtype, device, _REPEATS)))
         name = entry(kernel, prompt)
         enough = len(works) >= 3
+        complete &= enough
         kernels[name] = (
             fit(np.array(works, dtype=float), np.array(seconds)) if enough else DEFAULT.kernels[name]
         )
     precision = _faster_precision(sites, device) if device.type == "cpu" else DEFAULT.branch_precision
-    return CostModel(kernels, precision)
+    return CostModel(kernels, precision, complete)
 
 
 def _lane(factors: Factors, rows: int, length: int, slots: int) -> Lane:

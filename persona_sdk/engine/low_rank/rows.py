@@ -26,7 +26,6 @@ from persona_sdk.errors import EngineError
 __all__ = ["BoundPatch", "LowRankBatch", "PatchTable"]
 
 _KEPT = 4  # batches kept at a time: a decode step and the prompt chunks between
-_LONG_RUN = 16  # tokens of one slot in a row, on average
 _KEPT_DIGESTS = 4096
 
 
@@ -109,9 +108,7 @@ class PatchTable:
 
     def _choose(self, lane: Lane, model: CostModel) -> str:
         able = {"batched", "segments"}
-        # Beside the model's own products the compiled kernel is slower on long runs than calibration finds it
-        # alone, and a matrix product faster: 55 against 38 ms a pass of 256 tokens, measured in place.
-        if indexed.runs_on(lane.data) and lane.shape.tokens < _LONG_RUN * lane.shape.runs:
+        if indexed.runs_on(lane.data):
             able.add("indexed")
         if triton_indexed.runs_on(lane.data):
             able.add("triton")  # only when asked for: its costs on a device are not known yet
