@@ -211,7 +211,7 @@ class Engine:
         return self._prefixes.mark()
 
     def forget(self, scope: str) -> None:
-        """Drop what is kept of a scope's prompts, and all adapters that no row uses; others at their rows' end.
+        """Drop what is kept of a scope's prompts, and adapters that no row uses; others at their rows' end.
 
         Whose an adapter is, the engine does not know. They come back from the store when they are needed.
         """
