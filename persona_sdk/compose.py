@@ -22,7 +22,7 @@ from persona_sdk.adapter_cache import PlanTensors
 from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
 from persona_sdk.errors import PromptTooLongError
-from persona_sdk.library import SHARED, AdapterLibrary
+from persona_sdk.library import AdapterLibrary, Unused
 from persona_sdk.memory import CubeHeader, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.models import LanguageModel
@@ -160,34 +160,25 @@ class Composer:
         """What all attachments contribute, the tensors that takes, and which were left out and why."""
         contributors: list[Contributor] = []
         tensors: dict[Digest, TensorBundle] = {}
-        used: set[str] = set()
         skipped: list[str] = []
-        for owner in revisions:
-            for attachment in self._library.attachments(owner, revision=revisions[owner]):
-                if attachment.adapter.owner not in (owner, *revisions, SHARED):
-                    skipped.append(f"{attachment.name}: out of reach, no longer a group")
-                    continue
-                if attachment.adapter.cube_id in used:
-                    skipped.append(f"{attachment.name}: attached twice")
-                    continue
-                loaded = self._library.load(attachment)
-                if loaded is None:
-                    skipped.append(f"{attachment.name}: not in this store")
-                    continue
-                used.add(attachment.adapter.cube_id)
-                request = AdapterRequest(origin=loaded.label, weight=attachment.weight, text=text)
-                contribution = loaded.adapter.contribute(attachment.state, request)
-                contributors.append(
-                    Contributor(
-                        name=attachment.name,
-                        adapter=loaded.adapter,
-                        state=attachment.state,
-                        request=request,
-                        parts=contribution.parts,
-                        first=sum(len(earlier.patches) for earlier in contributors),
-                    )
+        for _, attachment, found in self._library.reachable(revisions):
+            if isinstance(found, Unused):
+                gone = ", no longer a group" if found is Unused.OUT_OF_REACH else ""
+                skipped.append(f"{attachment.name}: {found}{gone}")
+                continue
+            request = AdapterRequest(origin=found.label, weight=attachment.weight, text=text)
+            contribution = found.adapter.contribute(attachment.state, request)
+            contributors.append(
+                Contributor(
+                    name=attachment.name,
+                    adapter=found.adapter,
+                    state=attachment.state,
+                    request=request,
+                    parts=contribution.parts,
+                    first=sum(len(earlier.patches) for earlier in contributors),
                 )
-                tensors |= contribution.tensors
+            )
+            tensors |= contribution.tensors
         return tuple(contributors), tensors, skipped
 
     def _recall(
