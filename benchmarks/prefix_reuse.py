@@ -39,7 +39,8 @@ from persona_sdk.engine.forward.base import Forward
 from persona_sdk.engine.forward.batch import RowTokens, pack
 from persona_sdk.engine.forward.pool import TokenPool
 from persona_sdk.engine.forward.select import forward_of
-from persona_sdk.engine.prefix.reuse import BlockAssembler, BlockPrompt, ReuseOptions
+from persona_sdk.engine.prefix.blocks import BlockAssembler
+from persona_sdk.engine.prefix.reuse import BlockPrompt, ReuseOptions
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import CompositionPlan
 from persona_sdk.tensors import TensorBundle
@@ -78,7 +79,7 @@ class Case:
 
     def prompt(self, question: int = 0) -> BlockPrompt:
         """With one of its questions."""
-        return BlockPrompt(self.head, self.blocks, self.questions[question][0])
+        return BlockPrompt.of(self.head, self.blocks, self.questions[question][0])
 
 
 def cases(folder: Path, tokenizer: Any, count: int, seed: int) -> list[Case]:

@@ -17,7 +17,7 @@ from persona_sdk.adapters import Adapter, AdapterRequest
 from persona_sdk.adapters.base import State
 from persona_sdk.compose import is_pinned
 from persona_sdk.errors import InvalidInputError, NotFoundError
-from persona_sdk.library import SHARED, AdapterLibrary, Attachment, Loaded
+from persona_sdk.library import AdapterLibrary, Attachment, Loaded, Unused
 from persona_sdk.memory import MemoryStore
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.plan import CompositionPlan, Contribution, PlanPart
@@ -103,16 +103,12 @@ def compose_adapters(
     """
     revisions = _revisions(store, persona, groups)
     composed = _Sum(adjust)
-    for owner, revision in revisions.items():
-        for attachment in library.attachments(owner, revision=revision):
-            if attachment.adapter.owner not in (owner, *revisions, SHARED):
-                composed.skip(attachment, "out of reach, not among the groups")
-            elif attachment.adapter.cube_id in composed.sources:
-                composed.skip(attachment, "attached twice")
-            elif (loaded := library.load(attachment)) is None:
-                composed.skip(attachment, "not in this store")
-            else:
-                composed.add(attachment, loaded)
+    for _, attachment, found in library.reachable(revisions):
+        if isinstance(found, Unused):
+            strange = ", not among the groups" if found is Unused.OUT_OF_REACH else ""
+            composed.skip(attachment, f"{found}{strange}")
+        else:
+            composed.add(attachment, found)
     composed.require_all_used(persona)
     pinned, recalled = _memories(store, revisions)
     if recalled:

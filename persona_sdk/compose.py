@@ -22,10 +22,11 @@ from persona_sdk.adapter_cache import PlanTensors
 from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
 from persona_sdk.errors import PromptTooLongError
-from persona_sdk.library import SHARED, AdapterLibrary
+from persona_sdk.library import AdapterLibrary, Unused
 from persona_sdk.memory import CubeHeader, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.models import LanguageModel
+from persona_sdk.passage_spans import Span, passage_spans
 from persona_sdk.plan import CompositionPlan, PassageRef, Passages, PlanPart, SoftPrefix
 from persona_sdk.prompting import Message, Messages, drop_oldest, encode, parse_messages, with_passages
 from persona_sdk.steering import Contributor
@@ -71,7 +72,8 @@ class Composition:
 
     ``passages`` are the pinned memories, which have no score of their own and get 1, and the recalled ones.
     ``skipped`` says what could not take part and why: attachments whose adapter is out of reach or not in
-    this store, memories that did not fit the context.
+    this store, memories that did not fit the context. ``blocks`` says which tokens of the prompt are which
+    recalled memories, if the composer looks for them.
     """
 
     plan: CompositionPlan
@@ -83,18 +85,34 @@ class Composition:
     dropped_turns: int = 0
     skipped: tuple[str, ...] = ()
     contributors: tuple[Contributor, ...] = field(default=(), repr=False)
+    blocks: tuple[Span, ...] = ()
 
 
 class Composer:
-    """Builds compositions for one base model over one store."""
+    """Builds compositions for one base model over one store.
+
+    Args:
+        model: the base model.
+        store: where personas live.
+        library: the adapters of that store.
+        recall: finds memories.
+        blocks: also say where in the prompt the recalled memories stand, which takes a second tokenization.
+    """
 
     def __init__(
-        self, model: LanguageModel, store: MemoryStore, library: AdapterLibrary, recall: Recall
+        self,
+        model: LanguageModel,
+        store: MemoryStore,
+        library: AdapterLibrary,
+        recall: Recall,
+        *,
+        blocks: bool = False,
     ) -> None:
         self._model = model
         self._store = store
         self._library = library
         self._recall_from = recall
+        self._blocks = blocks
         self._pinned = PinnedMemories(store)
 
     def compose(self, persona: str | None, messages: Messages, options: ChatOptions) -> Composition:
@@ -133,6 +151,7 @@ class Composer:
             dropped_turns=fitted.dropped_turns,
             skipped=tuple(skipped),
             contributors=contributors,
+            blocks=self._spans(fitted, pinned) if self._blocks else (),
         )
 
     def _adapters(
@@ -141,34 +160,25 @@ class Composer:
         """What all attachments contribute, the tensors that takes, and which were left out and why."""
         contributors: list[Contributor] = []
         tensors: dict[Digest, TensorBundle] = {}
-        used: set[str] = set()
         skipped: list[str] = []
-        for owner in revisions:
-            for attachment in self._library.attachments(owner, revision=revisions[owner]):
-                if attachment.adapter.owner not in (owner, *revisions, SHARED):
-                    skipped.append(f"{attachment.name}: out of reach, no longer a group")
-                    continue
-                if attachment.adapter.cube_id in used:
-                    skipped.append(f"{attachment.name}: attached twice")
-                    continue
-                loaded = self._library.load(attachment)
-                if loaded is None:
-                    skipped.append(f"{attachment.name}: not in this store")
-                    continue
-                used.add(attachment.adapter.cube_id)
-                request = AdapterRequest(origin=loaded.label, weight=attachment.weight, text=text)
-                contribution = loaded.adapter.contribute(attachment.state, request)
-                contributors.append(
-                    Contributor(
-                        name=attachment.name,
-                        adapter=loaded.adapter,
-                        state=attachment.state,
-                        request=request,
-                        parts=contribution.parts,
-                        first=sum(len(earlier.patches) for earlier in contributors),
-                    )
+        for _, attachment, found in self._library.reachable(revisions):
+            if isinstance(found, Unused):
+                gone = ", no longer a group" if found is Unused.OUT_OF_REACH else ""
+                skipped.append(f"{attachment.name}: {found}{gone}")
+                continue
+            request = AdapterRequest(origin=found.label, weight=attachment.weight, text=text)
+            contribution = found.adapter.contribute(attachment.state, request)
+            contributors.append(
+                Contributor(
+                    name=attachment.name,
+                    adapter=found.adapter,
+                    state=attachment.state,
+                    request=request,
+                    parts=contribution.parts,
+                    first=sum(len(earlier.patches) for earlier in contributors),
                 )
-                tensors |= contribution.tensors
+            )
+            tensors |= contribution.tensors
         return tuple(contributors), tensors, skipped
 
     def _recall(
@@ -219,7 +229,13 @@ class Composer:
         dropped = given - len(turns)
         if dropped:
             _log.warning("dropped the %d oldest turns to fit %d tokens of context", dropped, room)
-        return _Fitted(prompt, passages, dropped)
+        return _Fitted(prompt, turns, passages, dropped)
+
+    def _spans(self, fitted: "_Fitted", pinned: tuple[Passage, ...]) -> tuple[Span, ...]:
+        """Where the recalled passages stand. The pinned ones before them are part of what never changes."""
+        texts = [passage.text for passage in (*pinned, *fitted.passages)]
+        turns = with_passages(fitted.turns, texts)
+        return passage_spans(self._model.tokenizer, turns, texts, fitted.prompt, first=len(pinned))
 
 
 class PinnedMemories:
@@ -269,6 +285,7 @@ class PinnedMemories:
 @dataclass(frozen=True)
 class _Fitted:
     prompt: tuple[int, ...]
+    turns: tuple[Message, ...]
     passages: tuple[Passage, ...]
     dropped_turns: int
 

@@ -6,9 +6,10 @@ state. So attaching is a commit, rolling back detaches, and forgetting an adapte
 An attachment is pinned to one version of the adapter; attach again to take a newer one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -67,6 +68,14 @@ class Loaded:
 
     adapter: Adapter
     label: str
+
+
+class Unused(StrEnum):
+    """Why an attachment takes no part."""
+
+    OUT_OF_REACH = "out of reach"
+    TWICE = "attached twice"
+    ABSENT = "not in this store"
 
 
 class AdapterLibrary:
@@ -173,6 +182,26 @@ class AdapterLibrary:
             for cube in self._store.cubes(owner, revision=revision, kind="parametric")
             if cube.header.semantic_type == "attachment" and cube.header.sources
         ]
+
+    def reachable(self, revisions: Mapping[str, int]) -> Iterator[tuple[str, Attachment, Loaded | Unused]]:
+        """Every attachment of these owners, with whose it is, and its adapter or why that takes no part.
+
+        A persona and its groups reach what one of them or `SHARED` owns, once: where it is attached first.
+        Raises like `load`.
+        """
+        used: set[str] = set()
+        for owner, revision in revisions.items():
+            for attachment in self.attachments(owner, revision=revision):
+                where = attachment.adapter
+                if where.owner not in (*revisions, SHARED):
+                    yield owner, attachment, Unused.OUT_OF_REACH
+                elif where.cube_id in used:
+                    yield owner, attachment, Unused.TWICE
+                elif (loaded := self.load(attachment)) is None:
+                    yield owner, attachment, Unused.ABSENT
+                else:
+                    used.add(where.cube_id)
+                    yield owner, attachment, loaded
 
     def load(self, attachment: Attachment) -> Loaded | None:
         """The adapter an attachment is pinned to; None if it is not in this store, as after importing a

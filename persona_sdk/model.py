@@ -49,9 +49,10 @@ class PersonaModel:
         self.adapters = AdapterLibrary(base, store)
         self._embedder = embedder
         self._index = VectorIndex(store)
-        self._composer = Composer(base, store, self.adapters, self._recall)
         self._prefixes: PrefixLibrary | None = None
         self.engine = Engine(base, engine, spill=self._spill)
+        blocks = self.engine.options.block_reuse is not None
+        self._composer = Composer(base, store, self.adapters, self._recall, blocks=blocks)
         store.on_forget(self._forgotten)
 
     @classmethod
@@ -263,6 +264,7 @@ class PersonaModel:
             should_stop=decoder.stopped if composition.plan.options.stop_strings else None,
             scope=tuple(composition.revisions),
             mark=mark,
+            blocks=composition.blocks,
         )
 
     @staticmethod
@@ -281,6 +283,7 @@ class PersonaModel:
             skipped=composition.skipped,
             steers=completion.steers,
             cached_tokens=completion.cached_tokens,
+            reused_tokens=completion.reused_tokens,
         )
 
     def _spill(self, shape: KVShape) -> PrefixLibrary:

@@ -31,7 +31,7 @@ from persona_sdk.engine.prefix.bundles import KEYS, VALUES, KVShape, shape_of
 from persona_sdk.engine.prefix.keys import BLOCK, chain, composition_key, lead_length, root
 from persona_sdk.engine.request import Request
 from persona_sdk.errors import NotFoundError, RevisionConflictError, StoreError
-from persona_sdk.library import SHARED, AdapterLibrary
+from persona_sdk.library import AdapterLibrary, Unused
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Source
 from persona_sdk.models import LanguageModel
 from persona_sdk.prompting import Message, stable_tokens
@@ -237,11 +237,9 @@ class PrefixLibrary:
     def _adapter_sources(self, revisions: Mapping[str, int]) -> list[Source]:
         """The attachments within reach at these revisions, and their adapters."""
         sources = []
-        for owner, revision in revisions.items():
-            for attachment in self._library.attachments(owner, revision=revision):
+        for owner, attachment, found in self._library.reachable(revisions):
+            if found is not Unused.OUT_OF_REACH:
                 where = attachment.adapter
-                if where.owner not in (*revisions, SHARED):
-                    continue
                 cubes = self._store.lookup(owner, [attachment.cube_id])
                 adapters = self._store.lookup(where.owner, [where.cube_id])
                 sources += [Source.of(cube) for cube in (*cubes.values(), *adapters.values())]

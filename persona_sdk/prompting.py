@@ -87,11 +87,16 @@ def control_tokens(tokenizer: Any) -> list[str]:
     return sorted((token for token in found if len(token) > 1), key=len, reverse=True)
 
 
+def note(passage: str) -> str:
+    """The line that a passage is in a prompt."""
+    return f"- {' '.join(passage.split())}"
+
+
 def with_passages(turns: Sequence[Message], passages: Sequence[str]) -> tuple[Message, ...]:
     """Add passages, pinned ones first, to the system message, making one if there is none."""
     if not passages:
         return tuple(turns)
-    notes = "\n".join([_MEMORY_HEADING, *(f"- {' '.join(text.split())}" for text in passages)])
+    notes = "\n".join([_MEMORY_HEADING, *map(note, passages)])
     if turns and turns[0].role == "system":
         return (Message(role="system", content=f"{turns[0].content}\n\n{notes}"), *turns[1:])
     return (Message(role="system", content=notes), *turns)
@@ -105,17 +110,33 @@ def encode(tokenizer: Any, turns: Sequence[Message]) -> tuple[int, ...]:
     Raises:
         InvalidInputError: the model's chat template refuses the conversation.
     """
-    control = control_tokens(tokenizer)
-    chat = [{"role": turn.role, "content": defuse(turn.content, control)} for turn in turns]
     if not getattr(tokenizer, "chat_template", None):  # base models without a template continue plain text
-        return _ids(tokenizer("\n".join(turn["content"] for turn in chat))["input_ids"])
+        return _ids(tokenizer(rendered(tokenizer, turns))["input_ids"])
+    return _ids(_templated(tokenizer, turns, return_dict=False))
+
+
+def rendered(tokenizer: Any, turns: Sequence[Message]) -> str:
+    """The text that `encode` turns into tokens. Raises like it."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n".join(turn["content"] for turn in _chat(tokenizer, turns))
+    return str(_templated(tokenizer, turns, tokenize=False))
+
+
+def _chat(tokenizer: Any, turns: Sequence[Message]) -> list[dict[str, str]]:
+    control = control_tokens(tokenizer)
+    return [{"role": turn.role, "content": defuse(turn.content, control)} for turn in turns]
+
+
+def _templated(tokenizer: Any, turns: Sequence[Message], **how: bool) -> Any:
+    """What the model's chat template makes of a conversation."""
+    chat = _chat(tokenizer, turns)
     try:
-        return _templated(tokenizer, chat)
+        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, **how)
     except TemplateError as error:
         if chat[0]["role"] == "system" and len(chat) > 1:
             first = {**chat[1], "content": f"{chat[0]['content']}\n\n{chat[1]['content']}"}
             with suppress(TemplateError):
-                return _templated(tokenizer, [first, *chat[2:]])
+                return tokenizer.apply_chat_template([first, *chat[2:]], add_generation_prompt=True, **how)
         raise InvalidInputError(
             f"The model's chat template refuses this conversation: {error}.",
             hint="Most templates want user and assistant to take turns, the user first.",
@@ -139,10 +160,6 @@ def stable_tokens(tokenizer: Any, system: str, pinned: Sequence[str]) -> tuple[i
     low, high = min(prompts), max(prompts)
     same = next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), None)
     return low[:same]
-
-
-def _templated(tokenizer: Any, chat: list[dict[str, str]]) -> tuple[int, ...]:
-    return _ids(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
 
 
 def _ids(tokens: Iterable[Any]) -> tuple[int, ...]:

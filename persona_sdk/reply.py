@@ -25,7 +25,9 @@ class Reply:
     """One answer, with everything needed to explain it and to produce it again.
 
     ``str(reply)`` is the text. The same prompt tokens, plan, seed and steers give the same tokens.
-    ``cached_tokens`` of the prompt came from kept keys and values.
+    ``cached_tokens`` of the prompt came from kept keys and values. ``reused_tokens`` of it have those of a
+    memory that was computed apart, which an engine does only when told to (`EngineOptions.block_reuse`). With
+    any, the tokens are those of an approximation: an engine with other options gives others.
     """
 
     text: str
@@ -41,6 +43,7 @@ class Reply:
     skipped: tuple[str, ...] = ()
     steers: tuple[Steer, ...] = ()
     cached_tokens: int = field(default=0, compare=False)
+    reused_tokens: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return self.text
@@ -213,6 +216,8 @@ class Explanation:
         ]
         if reply.cached_tokens:
             rows.append(("reused", f"keys and values of {reply.cached_tokens} prompt tokens"))
+        if reply.reused_tokens:
+            rows.append(("approximated", f"{reply.reused_tokens} prompt tokens, of memories computed apart"))
         if reply.dropped_turns:
             rows.append(("dropped", f"{reply.dropped_turns} oldest turns did not fit"))
         rows += [("left out", what) for what in reply.skipped]

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tensors": {"errors"},
     "plan": {"errors", "config", "tensors"},
     "prompting": PURE,
+    "passage_spans": {"prompting"},
     # where base models come from
     "devices": {"errors"},
     "hub": {"errors"},

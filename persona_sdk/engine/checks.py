@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from persona_sdk.engine.entries import given_entries, soft_vectors
+from persona_sdk.engine.prefix.reuse import check_spans
 from persona_sdk.engine.request import Request
 from persona_sdk.errors import (
     CompositionError,
@@ -66,6 +67,7 @@ def _check_tokens(request: Request, vocab: int) -> None:
             f"Token ids {stray[:3]} are outside the vocabulary." if stray else "The prompt has no tokens.",
             hint=f"Expected at least one id in [0, {vocab}).",
         )
+    check_spans(request.blocks, len(request.prompt))
 
 
 def check_patch(patch: LowRankPatch, bundle: TensorBundle, shapes: Mapping[str, tuple[int, int]]) -> None:

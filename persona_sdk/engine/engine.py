@@ -28,6 +28,7 @@ from persona_sdk.engine.forward.select import forward_of
 from persona_sdk.engine.generation import Generation
 from persona_sdk.engine.loop import Loop, SpillFactory
 from persona_sdk.engine.options import EngineOptions
+from persona_sdk.engine.prefix.blocks import block_cache
 from persona_sdk.engine.prefix.cache import PrefixCache
 from persona_sdk.engine.request import Completion, Request, Step
 from persona_sdk.engine.row import Row
@@ -77,6 +78,9 @@ class Engine:
         self._spill = spill
         # There from the start, so that nothing is forgotten while the rest is being built.
         self._prefixes = PrefixCache(self.options.prefix_bytes)
+        reused = self.options.block_reuse is not None
+        self._blocks = block_cache(self.options.block_bytes) if reused else None
+        self._forgetting = threading.Lock()
         self._shapes = model.linear_shapes()
         self._loop: Loop | None = None
         self._stepping = threading.RLock()  # held for the length of a step: who holds it has the loop
@@ -207,11 +211,16 @@ class Engine:
         return self._prefixes.mark()
 
     def forget(self, scope: str) -> None:
-        """Drop every prefix kept for a scope, and all adapters that no row uses; others at their rows' end.
+        """Drop what is kept of a scope's prompts, and adapters that no row uses; others at their rows' end.
 
         Whose an adapter is, the engine does not know. They come back from the store when they are needed.
         """
-        self._prefixes.forget(scope)
+        # Both count what was forgotten, and always together: one mark holds for both. It is that of the
+        # prefixes, which come first: taken in between, it is ahead of the blocks', and keeps nothing there.
+        with self._forgetting:
+            self._prefixes.forget(scope)
+            if self._blocks is not None:
+                self._blocks.forget(scope)
         if self._loop is not None:
             self._loop.table.tiers.clear()
 
@@ -316,7 +325,9 @@ class Engine:
         if self._loop is None:
             forward = forward_of(self.model, fused=self.options.fused)
             try:
-                self._loop = Loop(self.model, forward, self.options, self._prefixes, self._spill)
+                self._loop = Loop(
+                    self.model, forward, self.options, self._prefixes, self._spill, self._blocks
+                )
             except BaseException:
                 forward.close()
                 raise

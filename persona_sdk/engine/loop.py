@@ -46,9 +46,10 @@ class Loop:
         options: EngineOptions,
         prefixes: PrefixCache,
         spill: SpillFactory | None = None,
+        blocks: PrefixCache | None = None,
     ) -> None:
         self.model, self.forward, self.options = model, forward, options
-        self.table = RowTable(model, forward, options, prefixes)
+        self.table = RowTable(model, forward, options, prefixes, blocks)
         shape = self.table.kv_shape
         prefixes.serve(shape, spill(shape) if spill and shape else None)
         self._queue = Queue(ScheduleOptions(prefill_tokens=options.prefill_tokens, max_wait=options.max_wait))
@@ -143,16 +144,23 @@ class Loop:
     # Running ------------------------------------------------------------------------------------------
 
     def _prefill(self, parts: Sequence[tuple[Row, int]]) -> None:
-        parts = grouped(parts)
-        self._pass([row for row, _ in parts], [row.chunk(count) for row, count in parts])
+        pieces = [(row, piece) for row, count in grouped(parts) for piece in row.pieces(count)]
+        self._pass([row for row, _ in pieces], [piece for _, piece in pieces])
 
     def _pass(self, rows: Sequence[Row], new: Sequence[RowTokens]) -> None:
-        """One forward pass. Rows whose prompt is done, or that are past it, get their next token."""
-        counts = [len(tokens.tokens) for tokens in new]
-        ready = [i for i, (row, count) in enumerate(zip(rows, counts, strict=True)) if row.remaining <= count]
+        """One forward pass. Rows whose prompt is done, or that are past it, get their next token.
+
+        A row may stand there several times, with pieces of its prompt that follow one another.
+        """
+        counts, ready = [len(tokens.tokens) for tokens in new], []
+        left = {row.number: row.remaining for row in rows}
+        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            left[row.number] -= count
+            if left[row.number] <= 0:
+                ready.append(index)
         logits = self.forward_pass([row.number for row in rows], new, wanted=ready)
         for row, count in zip(rows, counts, strict=True):
-            row.past += count
+            row.advance(count)
             if row.remaining == 0 and not row.tokens:
                 self._keep(row)
                 if row.request.export:
@@ -214,12 +222,12 @@ class Loop:
                     self.table.patches.steer(row.number, number, gate)
 
     def _keep(self, row: Row) -> None:
-        """Keep the keys and values of a whole prompt."""
+        """Keep the keys and values of a whole prompt, up to the first token that only approximates them."""
         request, cached = row.request, row.cached
         if not request.keep_prefix or request.plan.of(KVPrefix):
             return
-        if self.table.prefixes.wants(len(request.prompt), cached):
-            given, count = given_entries(request), self.table.prefixes.keepable(len(request.prompt))
+        if self.table.prefixes.wants(row.exact, cached):
+            given, count = given_entries(request), self.table.prefixes.keepable(row.exact)
             bundle = self.table.pool.export(row.table[given + cached if cached else 0 : given + count])
             self.table.prefixes.insert(
                 request.plan, request.prompt[:count], bundle, request.scope, start=cached, mark=row.mark
@@ -247,7 +255,10 @@ class Loop:
         """Free everything a row holds, then tell its reader."""
         self.table.free(row)
         row.generation.finish(
-            Completion(tuple(row.tokens), reason, row.cached, tuple(row.steers), error, row.exported), last
+            Completion(
+                tuple(row.tokens), reason, row.cached, tuple(row.steers), error, row.exported, row.reused
+            ),
+            last,
         )
 
 

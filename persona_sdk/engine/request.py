@@ -24,6 +24,9 @@ class Request:
         keep_prefix: look the prompt up among the kept prefixes, and keep its keys and values.
         mark: of `Engine.mark`, taken before anything was read that the prompt or the plan was made from. If
             something is forgotten after it, nothing computed from this request is kept.
+        blocks: which of the prompt's tokens are memories that other prompts hold too, elsewhere: ascending
+            spans ``(start, stop)``, the last one followed by at least one token. Used only with
+            `EngineOptions.block_reuse` and `keep_prefix`, and not with `export`, which is exact.
         export: hand out the prompt's keys and values with the completion.
     """
 
@@ -35,6 +38,7 @@ class Request:
     scope: tuple[str, ...] = ()
     keep_prefix: bool = True
     mark: int | None = None
+    blocks: tuple[tuple[int, int], ...] = ()
     export: bool = False
 
 
@@ -60,7 +64,9 @@ class Completion:
     """All tokens of one row, the end token included, and why it ended.
 
     ``finish_reason`` is ``"stop"``, ``"length"``, ``"cancelled"`` or ``"error"`` (then `error` says which).
-    ``cached_tokens`` of the prompt were taken from kept keys and values. ``exported`` holds those of the
+    ``cached_tokens`` of the prompt were taken from kept keys and values. ``reused_tokens`` have
+    keys and values that lack the blocks before them: with any, the tokens are those of an approximation
+    (`EngineOptions.block_reuse`). ``exported`` holds those of the
     whole prompt, soft prefix first, if the request asked: ``{"keys", "values"}``, each
     ``[layers, entries, kv_heads, dim]``.
     """
@@ -71,3 +77,4 @@ class Completion:
     steers: tuple[Steer, ...] = ()
     error: PersonaError | None = None
     exported: TensorBundle | None = field(default=None, repr=False)
+    reused_tokens: int = 0

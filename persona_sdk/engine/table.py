@@ -6,12 +6,13 @@
 A row gets everything it can ever need before it starts, so a running row never waits for memory.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from persona_sdk.engine.entries import entries, soft_vectors
+from persona_sdk.engine.entries import entries, given_entries, soft_vectors
 from persona_sdk.engine.forward.base import Forward
 from persona_sdk.engine.forward.pool import KEYS, TokenPool
 from persona_sdk.engine.generation import Generation
@@ -20,15 +21,19 @@ from persona_sdk.engine.low_rank.calibration import branch_dtype
 from persona_sdk.engine.low_rank.rows import BoundPatch, PatchTable
 from persona_sdk.engine.low_rank.tiers import AdapterTiers
 from persona_sdk.engine.options import EngineOptions
+from persona_sdk.engine.prefix.blocks import BlockAssembler
 from persona_sdk.engine.prefix.bundles import KVShape, shape_of
 from persona_sdk.engine.prefix.cache import PrefixCache
+from persona_sdk.engine.prefix.reuse import BlockPrompt, plan_reuse
 from persona_sdk.engine.request import Request
 from persona_sdk.engine.row import Row, joined
 from persona_sdk.engine.sampling import RowSampler
-from persona_sdk.errors import BudgetError, IncompatibleAdapterError
+from persona_sdk.errors import BudgetError, DeviceMemoryError, IncompatibleAdapterError, ModelError
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import DecodingRule, KVPrefix
 from persona_sdk.tensors import Digest, TensorBundle
+
+logger = logging.getLogger("persona_sdk.engine")
 
 
 class RowTable:
@@ -40,11 +45,17 @@ class RowTable:
         tiers: where adapters are.
         patches: which row uses which adapters with which gates.
         prefixes: kept prompt beginnings.
+        blocks: kept memory blocks; None if they are not reused, or cannot be on this model.
         kv_shape: what the pool takes; None if layers differ.
     """
 
     def __init__(
-        self, model: LanguageModel, forward: Forward, options: EngineOptions, prefixes: PrefixCache
+        self,
+        model: LanguageModel,
+        forward: Forward,
+        options: EngineOptions,
+        prefixes: PrefixCache,
+        blocks: PrefixCache | None = None,
     ) -> None:
         self.model, self.forward = model, forward
         self.pool = TokenPool(
@@ -55,6 +66,8 @@ class RowTable:
         kernel = None if options.kernel == "auto" else options.kernel
         self.patches = PatchTable(calibrate=options.calibrate, kernel=kernel)
         self.prefixes = prefixes
+        self._reuse = options.block_reuse
+        self.blocks = None if blocks is None else self._assembler(blocks)
         self.kv_shape = KVShape.of(forward.layers, forward.cache_dtype)
         self.rows: dict[int, Row] = {}
         self._free_rows = list(range(options.max_rows))
@@ -67,9 +80,11 @@ class RowTable:
         return len(self._free_rows)
 
     def close(self) -> None:
-        """Release the tiers and the kept prefixes."""
+        """Release the tiers and all that is kept of prompts."""
         self.tiers.close()
         self.prefixes.clear()
+        if self.blocks is not None:
+            self.blocks.kept.clear()
 
     def arriving(self, request: Request) -> bool:
         """Whether an adapter of a request is on its way from the disk."""
@@ -153,7 +168,7 @@ class RowTable:
         )
 
     def _start(self, row: Row) -> None:
-        """Put keys and values that exist already into the pool: a KV prefix, or a kept prompt prefix."""
+        """Put keys and values that exist already into the pool: a KV prefix, or what is kept of a prompt."""
         request = row.request
         for part in request.plan.of(KVPrefix):
             bundle = request.tensors[part.cache]
@@ -169,14 +184,33 @@ class RowTable:
             return
         # What a disk knows was brought into memory by whoever submitted the request.
         hit = self.prefixes.lookup(request.plan, request.prompt, request.scope, spill=False)
-        if hit is None:
+        if hit is not None:
+            with hit:
+                for part in hit.parts:
+                    count = part[KEYS].shape[1]
+                    self.pool.load(row.table[row.past : row.past + count], part)
+                    row.past += count
+            row.cached = hit.tokens
+        self._start_blocks(row)
+
+    def _start_blocks(self, row: Row) -> None:
+        """Put kept blocks behind what is exact already, if the request has any that may be reused."""
+        request = row.request
+        if self.blocks is None or self._reuse is None or not request.blocks or request.export:
             return
-        with hit:
-            for part in hit.parts:
-                count = part[KEYS].shape[1]
-                self.pool.load(row.table[row.past : row.past + count], part)
-                row.past += count
-        row.cached = hit.tokens
+        prompt = BlockPrompt(request.prompt, request.blocks)
+        reuse = plan_reuse(prompt, self._reuse, lead=given_entries(request), done=row.past)
+        if reuse.blocks:
+            row.assembly = self.blocks.begin(
+                row.table, request.plan, reuse, vectors=row.vectors, scopes=request.scope, mark=row.mark
+            )
+
+    def _assembler(self, kept: PrefixCache) -> BlockAssembler | None:
+        try:
+            return BlockAssembler(self.model, self.forward, self.pool, kept)
+        except (ModelError, DeviceMemoryError) as error:
+            logger.warning("memory blocks are not reused, every prompt is computed in full: %s", error)
+            return None
 
     def _sampler(self, request: Request) -> RowSampler:
         plan = request.plan

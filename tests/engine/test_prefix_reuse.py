@@ -13,13 +13,9 @@ from persona_sdk.engine.forward.batch import RowTokens, pack
 from persona_sdk.engine.forward.fused import FusedForward
 from persona_sdk.engine.forward.general import GeneralForward
 from persona_sdk.engine.forward.pool import KEYS, VALUES, TokenPool
-from persona_sdk.engine.prefix.reuse import (
-    BlockAssembler,
-    BlockPrompt,
-    ReuseOptions,
-    plan_reuse,
-    rotary_frequency,
-)
+from persona_sdk.engine.prefix.blocks import BlockAssembler
+from persona_sdk.engine.prefix.frequency import rotary_frequency
+from persona_sdk.engine.prefix.reuse import BlockPrompt, ReuseOptions, plan_reuse
 from persona_sdk.errors import CompositionError, InvalidInputError, ModelError
 from persona_sdk.plan import CompositionPlan, KVPrefix, SoftPrefix, composition_key
 from persona_sdk.testing import tiny_language_model
@@ -27,13 +23,13 @@ from tests.engine.support import merged, patch, random_factors, request
 
 tokens = st.lists(st.integers(0, 383), min_size=1, max_size=9).map(tuple)
 prompts = st.builds(
-    BlockPrompt,
+    BlockPrompt.of,
     head=st.lists(st.integers(0, 383), max_size=5).map(tuple),
     blocks=st.lists(tokens, min_size=1, max_size=4).map(tuple),
     question=tokens,
 )
 HEAD, A, B, QUESTION = (5, 6, 7), (10, 11, 12, 13, 14), (20, 21, 22, 23), (30, 31, 32)
-PROMPT = BlockPrompt(HEAD, (A, B), QUESTION)
+PROMPT = BlockPrompt.of(HEAD, (A, B), QUESTION)
 ALL = ReuseOptions(fraction=1.0)
 
 
@@ -111,7 +107,7 @@ def test_all_tokens_picked_is_the_full_prefill(family, fused, prompt, behind, da
 @given(block=tokens, question=tokens, head=tokens)
 def test_a_block_where_it_was_made_is_exact_without_recomputing(family, fused, block, question, head):
     one, nothing = scene(family, fused), ReuseOptions(fraction=0, behind_head=True)
-    for prompt in (BlockPrompt((), (block,), question), BlockPrompt(head, (block,), question)):
+    for prompt in (BlockPrompt.of((), (block,), question), BlockPrompt.of(head, (block,), question)):
         same(one.assembled(prompt, nothing), one.full(prompt.tokens))
 
 
@@ -176,9 +172,9 @@ def test_the_order_of_blocks_counts():
     one = scene()
     for options in (ALL, ReuseOptions(fraction=0)):
         ab, _ = one.assembled(PROMPT, options)
-        ba, _ = one.assembled(BlockPrompt(HEAD, (B, A), QUESTION), options)
+        ba, _ = one.assembled(BlockPrompt.of(HEAD, (B, A), QUESTION), options)
         assert (ab - ba).abs().max() > 1e-3
-    swapped = BlockPrompt(HEAD, (B, A), QUESTION)
+    swapped = BlockPrompt.of(HEAD, (B, A), QUESTION)
     same(one.assembled(swapped, ALL), one.full((*HEAD, *B, *A, *QUESTION)))
 
 
@@ -192,10 +188,13 @@ def test_a_fraction_is_an_approximation_and_a_second_time_costs_no_block():
     torch.testing.assert_close(kept[KEYS][:, :3], wanted[KEYS][:, :3], atol=1e-5, rtol=0)
     one.calls.clear()
     again, _ = one.assembled(PROMPT, part)
-    assert torch.equal(again, logits)
+    torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+    # The first block stands where it was made: it is exact without any of its tokens.
     ((_, ids, positions),) = one.calls
-    assert positions == (0, 1, 2, 3, 4, 5, 8, 9, 12, 13, 14)
-    assert ids == (*HEAD, *A[:3], *B[:2], *QUESTION)
+    assert positions == (0, 1, 2, 8, 9, 12, 13, 14)
+    assert ids == (*HEAD, *B[:2], *QUESTION)
+    one.assembled(PROMPT, ReuseOptions(fraction=0.5, behind_head=False))
+    assert one.calls[-1][2] == (0, 1, 2, 3, 4, 5, 8, 9, 12, 13, 14)
 
 
 def test_the_pass_may_be_cut_into_ascending_chunks():
@@ -220,13 +219,43 @@ def test_deviation_finds_the_tokens_that_are_off_and_leaves_the_first_layers_exa
     torch.testing.assert_close(kept[KEYS], wanted[KEYS], atol=1e-5, rtol=0)
     with pytest.raises(ModelError, match="general pass"):
         scene("llama", fused=False).assembled(PROMPT, ReuseOptions(pick="deviation"))
-    reuse = plan_reuse(
-        PROMPT,
-        ReuseOptions(fraction=0.4, pick="deviation"),
-        deviation=torch.tensor([0, 3.0, 0, 2, 1, 0, 1, 9, 8]),
-    )
+    far = torch.tensor([0, 3.0, 0, 2, 1, 0, 1, 9, 8])
+    by_far = ReuseOptions(fraction=0.4, pick="deviation", behind_head=False)
+    reuse = plan_reuse(PROMPT, by_far, deviation=far)
     assert reuse.computed == (0, 1, 2, 4, 6, 10, 11, 12, 13, 14)
-    assert (reuse.starts, reuse.deltas) == ((3, 8), (0, 5))
+    assert (reuse.starts, reuse.deltas, reuse.exact, reuse.approximate) == ((3, 8), (3, 8), 3, 5)
+    behind = plan_reuse(PROMPT, by_far.model_copy(update={"behind_head": True}), deviation=far)
+    assert behind.computed == (0, 1, 2, 10, 11, 12, 13, 14)
+    assert (behind.starts, behind.deltas, behind.exact, behind.approximate) == ((3, 8), (0, 5), 8, 2)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    gaps=st.lists(st.integers(0, 3), min_size=6, max_size=6),
+    lead=st.integers(0, 3),
+    data=st.data(),
+)
+def test_every_position_is_done_kept_or_computed_and_the_exact_ones_come_first(lengths, gaps, lead, data):
+    spans, last = [], 0
+    for gap, length in zip(gaps, lengths, strict=False):
+        spans.append((last + gap, last + gap + length))
+        last = spans[-1][1]
+    prompt = BlockPrompt(tuple(range(last + 1 + gaps[-1])), tuple(spans))
+    options = ReuseOptions(
+        fraction=data.draw(st.sampled_from([0, 0.2, 1])), behind_head=data.draw(st.booleans())
+    )
+    done = data.draw(st.integers(0, lead + last))
+    reuse = plan_reuse(prompt, options, lead=lead, done=done)
+    stands = {place for span in reuse.blocks for place in range(*span)}
+    # A block of which something is there already is none any more: the rest of it is exact, and computed.
+    assert {place for start, stop in spans for place in range(lead + start, lead + stop)} - stands <= {
+        place for start, stop in spans if lead + start < done for place in range(lead + start, lead + stop)
+    }
+    assert {*range(done), *stands, *reuse.computed} == set(range(lead + len(prompt.tokens)))
+    off = stands - set(reuse.computed)
+    first = {place for span in reuse.blocks if span[0] == reuse.made_at for place in range(*span)}
+    assert reuse.approximate == len(off - first)
+    assert all(place >= lead + reuse.exact for place in off - first)
 
 
 def test_deviations_go_with_the_picks_that_need_them():
@@ -237,9 +266,9 @@ def test_deviations_go_with_the_picks_that_need_them():
     with pytest.raises(InvalidInputError):
         plan_reuse(PROMPT, ReuseOptions(pick="both"), deviation=torch.zeros(4))
     with pytest.raises(InvalidInputError):
-        BlockPrompt(HEAD, (A, ()), QUESTION)
+        BlockPrompt.of(HEAD, (A, ()), QUESTION)
     with pytest.raises(InvalidInputError):
-        BlockPrompt(HEAD, (A,), ())
+        BlockPrompt.of(HEAD, (A,), ())
 
 
 def test_positions_in_front_of_the_head_are_computed_too():
@@ -274,8 +303,8 @@ def test_a_block_is_found_by_composition_and_all_tokens_only():
     gate = CompositionPlan(base.fingerprint, (patch(factors[0], (1.0, 1, 1, 0.5)),))
     variants = [
         (gate, PROMPT),
-        (plans[0], BlockPrompt((5, 6), (A, B), QUESTION)),
-        (plans[0], BlockPrompt(HEAD, ((*A, 9), B[:-1]), QUESTION)),
+        (plans[0], BlockPrompt.of((5, 6), (A, B), QUESTION)),
+        (plans[0], BlockPrompt.of(HEAD, ((*A, 9), B[:-1]), QUESTION)),
     ]
     alice.calls.clear()
     alice.assembled(PROMPT, nothing, plan=plans[0], scopes=("x",))
@@ -317,13 +346,13 @@ def test_forgetting_drops_a_scopes_blocks():
     assert one.blocks.kept.stats().entries == 0
     one.calls.clear()
     one.assembled(PROMPT, ReuseOptions(), scopes=("bob",))
-    assert len(one.calls) == 3
+    assert len(one.calls) == 4  # the head, either block behind it, all the rest
     mark = one.blocks.kept.mark()
     one.blocks.forget("carol")
-    one.assembled(BlockPrompt(HEAD, ((1, 2, 3),), QUESTION), ReuseOptions(), mark=mark)
+    one.assembled(BlockPrompt.of(HEAD, ((1, 2, 3),), QUESTION), ReuseOptions(), mark=mark)
     one.calls.clear()
-    one.assembled(BlockPrompt(HEAD, ((1, 2, 3),), QUESTION), ReuseOptions())
-    assert len(one.calls) == 2  # it was not kept: somebody was forgotten meanwhile
+    one.assembled(BlockPrompt.of(HEAD, ((1, 2, 3),), QUESTION), ReuseOptions())
+    assert len(one.calls) == 3  # it was not kept: somebody was forgotten meanwhile
 
 
 def test_slots_come_back_and_a_cache_without_room_still_serves():

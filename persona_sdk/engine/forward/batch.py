@@ -34,6 +34,12 @@ class RowTokens:
     table: NDArray[np.int64]
     vectors: Float[Tensor, "_ d_model"] | None = None
 
+    def part(self, start: int, stop: int) -> "RowTokens":
+        """Some of them, to be computed when those before are."""
+        places = self.positions[start:stop]
+        vectors = None if self.vectors is None else self.vectors[start:stop]
+        return RowTokens(self.tokens[start:stop], places, self.table[: places[-1] + 1], vectors)
+
 
 @dataclass(frozen=True)
 class PackedBatch:

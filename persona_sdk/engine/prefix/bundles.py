@@ -70,6 +70,17 @@ def joined(parts: Sequence[TensorBundle]) -> TensorBundle:
     return {name: torch.cat([bundle[name] for bundle in parts], dim=1) for name in (KEYS, VALUES)}
 
 
+def last(parts: Sequence[TensorBundle], count: int) -> TensorBundle:
+    """The last `count` positions of parts that stand one after another; copied as in `joined`."""
+    found: list[TensorBundle] = []
+    for bundle in reversed(parts):
+        size = bundle[KEYS].shape[1]
+        if count > 0:
+            found.insert(0, part(bundle, max(size - count, 0), size))
+        count -= size
+    return joined(found)
+
+
 def in_host(bundle: TensorBundle) -> TensorBundle:
     """The bundle in host memory of its own: copied unless it is exactly that already."""
     return {

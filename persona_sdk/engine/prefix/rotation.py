@@ -1,4 +1,4 @@
-"""Reuse of keys at another place: the mathematics. Pure functions, used by no request yet.
+"""Reuse of keys at another place: the mathematics. Pure functions.
 
 A key is kept after its rotary embedding. Rotations of a plane add up, so a key made at position p belongs
 at position p + d after one more turn by d:
