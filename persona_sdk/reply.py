@@ -24,8 +24,9 @@ class Usage:
 class Reply:
     """One answer, with everything needed to explain it and to produce it again.
 
-    ``str(reply)`` is the text. The same prompt tokens, plan, seed and steers give the same tokens.
-    ``cached_tokens`` of the prompt came from kept keys and values.
+    ``str(reply)`` is the text. The same prompt tokens, plan, seed and steers give the same tokens if the base
+    weights are float32; in another `precision` the batch a row was in rounds along. ``cached_tokens`` of the
+    prompt came from kept keys and values.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Reply:
     revisions: Mapping[str, int]
     plan: CompositionPlan
     seed: int
+    precision: str
     prompt_tokens: tuple[int, ...] = field(repr=False)
     citations: tuple[Passage, ...] = ()
     dropped_turns: int = 0
@@ -219,6 +221,7 @@ class Explanation:
         options = reply.plan.options
         how = f"sampled, seed {reply.seed}" if options.do_sample else "greedy"
         rows.append(("decoding", f"{how}, at most {options.max_new_tokens} tokens"))
+        rows.append(("precision", reply.precision))
         rows.append(("plan", reply.plan_id[:16]))
         return rows
 

@@ -18,10 +18,10 @@ from persona_sdk.engine.forward.attention import attend, decode_attention, rotat
 from persona_sdk.engine.forward.base import Branches, embedded
 from persona_sdk.engine.forward.batch import PackedBatch
 from persona_sdk.engine.forward.norms import rms_norm
-from persona_sdk.engine.forward.packed import PackedLinear
 from persona_sdk.engine.forward.pool import LayerShape, TokenPool
 from persona_sdk.engine.low_rank.sites import Site, SiteModule
 from persona_sdk.engine.stored import STORED, numbers
+from persona_sdk.packed import PackedLinear
 
 
 class FusedForward:
