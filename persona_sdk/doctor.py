@@ -86,7 +86,11 @@ def _device() -> Check:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
         precision = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16, use dtype='float32'"
         return Check("device", True, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB, {precision}")
-    return Check("device", True, f"CPU, {torch.get_num_threads()} threads, float32")
+    from persona_sdk.precision import already_measured
+
+    times = already_measured()
+    fastest = "" if times is None else f", bfloat16 {times.speed_up:.1f} times as fast"
+    return Check("device", True, f"CPU, {torch.get_num_threads()} threads, float32{fastest}")
 
 
 def _cache() -> Check:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, overload
 from persona_sdk.compose import ChatOptions, Composer, Composition
 from persona_sdk.engine import Completion, Engine, EngineOptions, Request
 from persona_sdk.engine.prefix.bundles import KVShape
-from persona_sdk.errors import ModelError, PersonaError
+from persona_sdk.errors import InvalidInputError, ModelError, PersonaError
 from persona_sdk.library import AdapterLibrary
 from persona_sdk.memory import MemCube, MemoryStore, Passage, Retriever, VectorIndex
 from persona_sdk.models import Embedder, LanguageModel, load_embedder
@@ -73,13 +73,19 @@ class PersonaModel:
             store: folder of the store; made if it does not exist.
             embedder: alias, path or hub id of a sentence-transformers model, or an `Embedder`.
             device: ``"auto"`` takes CUDA when there is one.
-            dtype: a torch dtype's name; ``"auto"`` is float32 on CPU and bfloat16 on CUDA.
+            dtype: a torch dtype's name, ``"auto"`` or ``"fastest"``, as in `LanguageModel.from_pretrained`.
             engine: limits of the engine (`persona_sdk.engine.EngineOptions`), or a mapping of them.
 
         Raises:
             UnknownModelError: the name leads nowhere.
             StoreError: the folder cannot be opened as a store.
+            InvalidInputError: no such device or dtype here, or one is named and the model is loaded already.
         """
+        if not isinstance(name, str) and (device, dtype) != ("auto", "auto"):
+            raise InvalidInputError(
+                f"{name.name} is loaded already, as {name.precision} on {name.device}.",
+                hint="Give device and dtype to LanguageModel.from_pretrained.",
+            )
         if isinstance(name, str):  # before the store is opened: a wrong name must not make one
             name = LanguageModel.from_pretrained(name, device=device, dtype=dtype)
         options = engine if isinstance(engine, EngineOptions) else EngineOptions.parse(dict(engine or {}))
@@ -267,8 +273,9 @@ class PersonaModel:
             blocks=composition.blocks,
         )
 
-    @staticmethod
-    def _reply(composition: Composition, completion: Completion, seed: int, decoder: TextDecoder) -> Reply:
+    def _reply(
+        self, composition: Composition, completion: Completion, seed: int, decoder: TextDecoder
+    ) -> Reply:
         return Reply(
             text=decoder.text(completion.tokens),
             tokens=completion.tokens,
@@ -277,6 +284,7 @@ class PersonaModel:
             revisions=composition.revisions,
             plan=composition.plan,
             seed=seed,
+            precision=self.base.precision,
             prompt_tokens=composition.prompt,
             citations=composition.passages,
             dropped_turns=composition.dropped_turns,

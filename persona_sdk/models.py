@@ -82,7 +82,10 @@ class LanguageModel:
         Args:
             name: see `persona_sdk.weights` for what is searched.
             device: ``"auto"`` takes CUDA when there is one.
-            dtype: a torch dtype's name, or ``"auto"`` for float32 on CPU and bfloat16 on CUDA.
+            dtype: a torch dtype's name; ``"auto"`` for float32 on CPU, where a row of any batch equals the
+                row alone, and bfloat16 on CUDA; ``"fastest"`` for whichever of the two is faster on this
+                CPU, measured once and kept in the cache folder, and bfloat16 on CUDA. Products in bfloat16
+                round differently by batch size, so near ties between tokens may fall otherwise.
 
         Raises:
             InvalidInputError: no such device or dtype here.
@@ -128,6 +131,11 @@ class LanguageModel:
         """The torch dtype of the weights in memory."""
         dtype: torch.dtype = next(self.module.parameters()).dtype
         return dtype
+
+    @property
+    def precision(self) -> str:
+        """The name of `dtype`: ``"float32"``, ``"bfloat16"``, ..."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def d_model(self) -> int:

@@ -24,10 +24,11 @@ class Usage:
 class Reply:
     """One answer, with everything needed to explain it and to produce it again.
 
-    ``str(reply)`` is the text. The same prompt tokens, plan, seed and steers give the same tokens.
-    ``cached_tokens`` of the prompt came from kept keys and values. ``reused_tokens`` of it have those of a
-    memory that was computed apart, which an engine does only when told to (`EngineOptions.block_reuse`). With
-    any, the tokens are those of an approximation: an engine with other options gives others.
+    ``str(reply)`` is the text. The same prompt tokens, plan, seed and steers give the same tokens if the base
+    weights are float32; in another `precision` the batch a row was in rounds along. ``cached_tokens`` of the
+    prompt came from kept keys and values. ``reused_tokens`` of it have those of a memory that was computed
+    apart, which an engine does only when told to (`EngineOptions.block_reuse`). With any, the tokens are
+    those of an approximation: an engine with other options gives others.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Reply:
     revisions: Mapping[str, int]
     plan: CompositionPlan
     seed: int
+    precision: str
     prompt_tokens: tuple[int, ...] = field(repr=False)
     citations: tuple[Passage, ...] = ()
     dropped_turns: int = 0
@@ -224,6 +226,7 @@ class Explanation:
         options = reply.plan.options
         how = f"sampled, seed {reply.seed}" if options.do_sample else "greedy"
         rows.append(("decoding", f"{how}, at most {options.max_new_tokens} tokens"))
+        rows.append(("precision", reply.precision))
         rows.append(("plan", reply.plan_id[:16]))
         return rows
 

@@ -18,7 +18,8 @@ FOLDERS = {"persona_sdk": ROOT / "persona_sdk", "persona_sdk.adapters": ROOT / "
 FOLDERS["persona_sdk.memory"] = ROOT / "memory"
 
 PURE = {"errors", "config", "files", "tensors", "plan"}
-LOADING = {"devices", "hub", "wheels", "weights", "fingerprints", "embedders", "models"}
+MEASURED = {"machine", "packed", "precision"}
+LOADING = MEASURED | {"devices", "hub", "wheels", "weights", "fingerprints", "embedders", "models"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # the narrow waist: pure data, nothing above it
@@ -30,7 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prompting": PURE,
     "passage_spans": {"prompting"},
     # where base models come from
-    "devices": {"errors"},
+    "machine": {"files"},
+    "packed": set(),
+    "precision": {"files", "machine", "packed"},
+    "devices": {"errors", "precision"},
     "hub": {"errors"},
     "wheels": {"errors", "files"},
     "convert": set(),
@@ -45,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # memory stores opaque, hashed blobs and knows nobody
     "memory.*": {"errors", "config", "files", "tensors", "memory.*"},
     # the engine knows plan parts and token ids
-    "engine.*": PURE | {"models", "engine.*"},
+    "engine.*": PURE | {"models", "machine", "packed", "engine.*"},
 }
 
 

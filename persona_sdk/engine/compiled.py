@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from persona_sdk.engine import stored
+
 logger = logging.getLogger("persona_sdk.engine")
 
 # "nnan" and "ninf" stay off: a row with NaN must stay NaN, so that it is found and stopped.
@@ -27,6 +29,7 @@ def compiled(function: Callable[..., None], signature: str | None = None) -> Cal
     except ImportError:
         logger.info("numba cannot be imported; the engine's loops run in torch.")
         return None
+    stored.teach_numba()
     options: dict[str, Any] = {"fastmath": _FAST, "nogil": True, "error_model": "numpy"}
     made: Callable[..., None]
     try:

@@ -17,6 +17,7 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         MemoryError, RuntimeError: the device has no room.
     """
     with torch.inference_mode(False):
-        if device.type == "cpu" and dtype == torch.float32:
-            return torch.from_numpy(np.empty(shape, np.float32))
+        if device.type == "cpu":
+            size = torch.empty((), dtype=dtype).element_size()
+            return torch.from_numpy(np.empty(shape, f"i{size}")).view(dtype)
         return torch.empty(shape, dtype=dtype, device=device)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from persona_sdk.adapters import lowrank
-from persona_sdk.engine import Engine, EngineOptions
+from persona_sdk.engine import Engine, EngineOptions, table
 from persona_sdk.errors import (
     CompositionError,
     IncompatibleAdapterError,
@@ -109,7 +109,9 @@ def test_modules_of_one_patch_may_have_different_ranks(engine, tiny):
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_base_keeps_the_branch_in_float32(tiny):
+@pytest.mark.parametrize("branches", [torch.float32, torch.bfloat16])
+def test_a_bfloat16_base_has_branches_in_the_precision_that_was_measured(tiny, branches, monkeypatch):
+    monkeypatch.setattr(table, "branch_dtype", lambda *_, **__: branches)
     module = copy.deepcopy(tiny.module).to(torch.bfloat16)
     model = LanguageModel.from_module("bf16", module, tiny.tokenizer, fingerprint=tiny.fingerprint)
     engine = Engine(model)
@@ -120,7 +122,7 @@ def test_bfloat16_base_keeps_the_branch_in_float32(tiny):
         expected = merged(tiny, [(factors, (1.0,) * 4)]).module(torch.tensor([PROMPTS[0]])).logits[0]
     torch.testing.assert_close(logits.float(), expected, atol=0.1, rtol=0.1)
     with engine.reserved([row]) as (_, [admitted]):
-        assert [slot.arena.data.dtype for slot in admitted.slots] == [torch.float32]
+        assert [slot.arena.data.dtype for slot in admitted.slots] == [branches]
     engine.close()
 
 

@@ -13,11 +13,11 @@ from persona_sdk.engine.forward.batch import RowTokens, pack
 from persona_sdk.engine.forward.fused import FusedForward
 from persona_sdk.engine.forward.general import GeneralForward
 from persona_sdk.engine.forward.norms import rms_norm
-from persona_sdk.engine.forward.packed import PackedLinear
 from persona_sdk.engine.forward.pool import TokenPool
 from persona_sdk.engine.forward.select import disagreement, forward_of
 from persona_sdk.errors import EngineError, ModelError
 from persona_sdk.models import LanguageModel
+from persona_sdk.packed import PackedLinear
 from persona_sdk.testing import tiny_language_model
 
 SHAPE = {

@@ -26,6 +26,7 @@ from torch import Tensor
 from persona_sdk.engine.compiled import compiled
 from persona_sdk.engine.forward.batch import PackedBatch
 from persona_sdk.engine.forward.pool import TokenPool
+from persona_sdk.engine.stored import rounded, widened
 
 
 def rotate(
@@ -101,7 +102,8 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
 
     Call with numpy arrays: ``qkv [rows, (heads + 2 kv_heads) head_dim]``, ``cos, sin [rows, rotary_dim]``,
     the layer's pools, ``tables [rows, width]``, ``seen [rows]``, the scale, ``kv_heads`` and
-    ``out [rows, heads head_dim]``. Constants of the closure let the compiler unroll over `head_dim`.
+    ``out [rows, heads head_dim]``. `qkv`, pools and `out` are float32 or the bits of bfloat16 (stored.py),
+    each by itself; sums are float32. Constants of the closure let the compiler unroll over `head_dim`.
     """
     half, zero, lowest = rotary_dim // 2, np.float32(0), np.float32(-np.inf)
 
@@ -128,23 +130,23 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
                 first = (kv_heads * repeat + head) * head_dim
                 key, value = keys[new, head], values[new, head]
                 for d in range(half):
-                    a, b = qkv[row, first + d], qkv[row, first + half + d]
-                    key[d] = a * cos[row, d] - b * sin[row, d]
-                    key[half + d] = b * cos[row, half + d] + a * sin[row, half + d]
+                    a, b = widened(qkv[row, first + d]), widened(qkv[row, first + half + d])
+                    key[d] = rounded(a * cos[row, d] - b * sin[row, d], key)
+                    key[half + d] = rounded(b * cos[row, half + d] + a * sin[row, half + d], key)
                 for d in range(rotary_dim, head_dim):
-                    key[d] = qkv[row, first + d]
+                    key[d] = rounded(widened(qkv[row, first + d]), key)
                 first += kv_heads * head_dim
                 for d in range(head_dim):
-                    value[d] = qkv[row, first + d]
+                    value[d] = rounded(widened(qkv[row, first + d]), value)
                 for r in range(repeat):
                     first = (head * repeat + r) * head_dim
                     turned = query[head, r]
                     for d in range(half):
-                        a, b = qkv[row, first + d], qkv[row, first + half + d]
+                        a, b = widened(qkv[row, first + d]), widened(qkv[row, first + half + d])
                         turned[d] = (a * cos[row, d] - b * sin[row, d]) * scale
                         turned[half + d] = (b * cos[row, half + d] + a * sin[row, half + d]) * scale
                     for d in range(rotary_dim, head_dim):
-                        turned[d] = qkv[row, first + d] * scale
+                        turned[d] = widened(qkv[row, first + d]) * scale
             # Tokens outside, heads inside: a token's heads lie side by side in memory.
             for t in range(length):
                 token = keys[tables[row, t]]
@@ -153,7 +155,7 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
                     for r in range(repeat):
                         dot, turned = zero, query[head, r]
                         for d in range(head_dim):
-                            dot += turned[d] * key[d]
+                            dot += turned[d] * widened(key[d])
                         scores[head, r, t] = dot
             for head in range(kv_heads):
                 for r in range(repeat):
@@ -168,18 +170,31 @@ def decode_attention(head_dim: int, rotary_dim: int, repeat: int) -> Callable[..
                     for t in range(length):
                         line[t] /= norm
             total[:] = zero
-            for t in range(length):
+            fours = length - length % 4
+            for t in range(0, fours, 4):  # four tokens a time: `into` is read and written once for all
+                one, two = values[tables[row, t]], values[tables[row, t + 1]]
+                three, four = values[tables[row, t + 2]], values[tables[row, t + 3]]
+                for head in range(kv_heads):
+                    for r in range(repeat):
+                        share, into = scores[head, r, t : t + 4], total[head, r]
+                        for d in range(head_dim):
+                            into[d] += (
+                                share[0] * widened(one[head, d])
+                                + share[1] * widened(two[head, d])
+                                + share[2] * widened(three[head, d])
+                                + share[3] * widened(four[head, d])
+                            )
+            for t in range(fours, length):
                 token = values[tables[row, t]]
                 for head in range(kv_heads):
-                    value = token[head]
                     for r in range(repeat):
                         weight, into = scores[head, r, t], total[head, r]
                         for d in range(head_dim):
-                            into[d] += weight * value[d]
+                            into[d] += weight * widened(token[head, d])
             for head in range(kv_heads):
                 for r in range(repeat):
                     first = (head * repeat + r) * head_dim
                     for d in range(head_dim):
-                        out[row, first + d] = total[head, r, d]
+                        out[row, first + d] = rounded(total[head, r, d], out)
 
     return compiled(step)

@@ -18,9 +18,10 @@ from persona_sdk.engine.forward.attention import attend, decode_attention, rotat
 from persona_sdk.engine.forward.base import Branches, embedded
 from persona_sdk.engine.forward.batch import PackedBatch
 from persona_sdk.engine.forward.norms import rms_norm
-from persona_sdk.engine.forward.packed import PackedLinear
 from persona_sdk.engine.forward.pool import LayerShape, TokenPool
 from persona_sdk.engine.low_rank.sites import Site, SiteModule
+from persona_sdk.engine.stored import STORED, numbers
+from persona_sdk.packed import PackedLinear
 
 
 class FusedForward:
@@ -34,8 +35,9 @@ class FusedForward:
         self.sites = tuple(site for layer in self._layers for site in layer.sites)
         self.layers = (LayerShape(blocks.kv_heads, blocks.head_dim, blocks.head_dim),) * len(blocks.layers)
         weights = blocks.head.weight
-        # The compiled attention reads float32; on other devices the cache has the model's precision.
-        self.cache_dtype = torch.float32 if weights.device.type == "cpu" else weights.dtype
+        # The compiled attention reads float32 and bfloat16; on other devices there is none.
+        plain = weights.device.type == "cpu" and weights.dtype not in STORED
+        self.cache_dtype = torch.float32 if plain else weights.dtype
 
     def spread(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
         """As packed."""
@@ -111,7 +113,7 @@ class _Attention:
         if compiled is not None:
             seen = batch.positions + 1
             self._arrays = [t.contiguous().numpy() for t in (cos.float(), sin.float(), batch.tables, seen)]
-            self._out = torch.empty(len(batch.tokens), self._heads * self._head_dim)
+            self._out = torch.empty(len(batch.tokens), self._heads * self._head_dim, dtype=pool.dtype)
 
     def __call__(
         self, layer: int, qkv: Float[Tensor, "tokens width"], block: Block
@@ -129,11 +131,11 @@ class _Attention:
             )
             return out.reshape(len(qkv), heads * dim)
         cos, sin, tables, seen = self._arrays
-        keys, values = self._pool.keys[layer].numpy(), self._pool.values[layer].numpy()
         out = self._out
-        self._compiled(
-            qkv.float().numpy(), cos, sin, keys, values, tables, seen, block.scale, kv_heads, out.numpy()
+        new, keys, values, into = map(
+            numbers, (qkv.to(out.dtype), self._pool.keys[layer], self._pool.values[layer], out)
         )
+        self._compiled(new, cos, sin, keys, values, tables, seen, block.scale, kv_heads, into)
         return out.to(qkv.dtype)
 
 

@@ -43,7 +43,7 @@ class TokenPool:
     def __init__(
         self, layers: Sequence[LayerShape], *, device: torch.device, dtype: torch.dtype, budget_bytes: int
     ) -> None:
-        self.layers = tuple(layers)
+        self.layers, self.dtype = tuple(layers), dtype
         numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
         self.bytes_per_token = numbers * torch.empty((), dtype=dtype).element_size()
         self.most_tokens = max(budget_bytes // self.bytes_per_token, 1)

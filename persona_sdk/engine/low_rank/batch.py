@@ -4,25 +4,30 @@ y += sum over lanes of  B (gate * (A x))           at every patched site
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_sdk.engine.low_rank import indexed_bfloat16
 from persona_sdk.engine.low_rank.indexed import Indexed
+from persona_sdk.engine.low_rank.indexed_bfloat16 import IndexedBfloat16
 from persona_sdk.engine.low_rank.kernels import Batched, Dense, Part, Segments
 from persona_sdk.engine.low_rank.lanes import Lane
+from persona_sdk.engine.low_rank.segments_bfloat16 import SegmentsBfloat16
 from persona_sdk.engine.low_rank.sites import Site
 from persona_sdk.engine.low_rank.triton_indexed import TritonIndexed
 
 _TORCH: Mapping[str, Callable[[Lane, torch.device], Part]] = MappingProxyType(
-    {"dense": Dense, "batched": Batched, "segments": Segments}
+    {"dense": Dense, "batched": Batched, "segments": Segments, "segments bfloat16": SegmentsBfloat16}
 )
 # One call adds all lanes of an arena.
 _TOGETHER: Mapping[str, Callable[[Sequence[Lane]], Part]] = MappingProxyType(
-    {"indexed": Indexed, "triton": TritonIndexed}
+    {"indexed": Indexed, "indexed bfloat16": IndexedBfloat16, "triton": TritonIndexed}
 )
+_LONG_RUN = 16  # tokens of one slot in a row, on average, from which a matrix product wins
 
 
 class LowRankBatch:
@@ -30,40 +35,51 @@ class LowRankBatch:
 
     Args:
         lanes: with the kernel of each. Those of one arena that a slot-indexed kernel adds go in one call.
+            "batched" and "segments" name what is computed; bfloat16 factors on CPUs have kernels of their own
+            for it, which are used (`_own`).
         device: of the tokens.
     """
 
     def __init__(self, lanes: Sequence[tuple[str, Lane]], device: torch.device) -> None:
         together: dict[tuple[str, int], list[Lane]] = {}
         parts: list[tuple[Lane, Part]] = []
-        for kernel, lane in lanes:
+        self._dtypes: dict[Part, torch.dtype] = {}  # what x and y must have; else that of the factors
+        for chosen, lane in lanes:
+            kernel = _own(chosen, lane)
             if kernel in _TOGETHER:
                 together.setdefault((kernel, id(lane.factors)), []).append(lane)
             else:
                 parts.append((lane, _TORCH[kernel](lane, device)))
+                if kernel == "segments bfloat16":
+                    self._dtypes[parts[-1][1]] = torch.float32
         parts += [(found[0], _TOGETHER[kernel](found)) for (kernel, _), found in together.items()]
         self._parts: dict[int, list[Part]] = {}
         for lane, part in parts:
+            self._dtypes.setdefault(part, lane.data.dtype)
             for site in lane.factors.sites:
                 self._parts.setdefault(site, []).append(part)
-        self._dtype = lanes[0][1].data.dtype if lanes else torch.float32
 
     def add(self, site: Site, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens width"]) -> None:
         """Add all branches of all rows in place. Nothing happens at a site that no adapter patches.
 
-        Where `y` is less precise than the factors, the branches are summed in the factors' precision and
-        added once.
+        Where a kernel wants more precision than `y` has, the sum is made in the kernel's and rounded once.
         """
-        parts = self._parts.get(site.index)
-        if parts is None:
-            return
-        x, into = x.to(self._dtype), y
-        plain = any(part.contiguous for part in parts)
-        if plain:
-            x = x.contiguous()
-        if y.dtype != self._dtype or (plain and not y.is_contiguous()):
-            into = torch.zeros(y.shape, dtype=self._dtype, device=y.device)
-        for part in parts:
-            part.add(site.index, x, into)
-        if into is not y:
-            y.add_(into)
+        for dtype, group in groupby(self._parts.get(site.index, ()), self._dtypes.__getitem__):
+            parts = list(group)
+            given, into = x.to(dtype), y.to(dtype)
+            if any(part.contiguous for part in parts):
+                given, into = given.contiguous(), into.contiguous()
+            for part in parts:
+                part.add(site.index, given, into)
+            if into is not y:
+                y.copy_(into)
+
+
+def _own(kernel: str, lane: Lane) -> str:
+    """The kernel that bfloat16 factors on a CPU have for what a torch kernel computes, if there is one."""
+    if lane.data.device.type != "cpu" or lane.data.dtype != torch.bfloat16:
+        return kernel
+    short = lane.shape.tokens < _LONG_RUN * lane.shape.runs
+    if kernel == "batched" and short and indexed_bfloat16.runs_on(lane.data):
+        return "indexed bfloat16"
+    return "segments bfloat16" if kernel == "segments" else kernel

@@ -15,15 +15,9 @@ entry for each. The coefficients are the non-negative least-squares fit to times
 when the file is damaged or of another machine, torch, numba, thread count, device or kernel version.
 """
 
-import hashlib
-import importlib.metadata
 import itertools
 import json
-import logging
 import math
-import os
-import platform
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,10 +27,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from persona_sdk import machine
 from persona_sdk.engine.low_rank.lanes import LaneShape
-from persona_sdk.files import write_atomically
-
-logger = logging.getLogger("persona_sdk.engine")
 
 KERNEL_VERSION = 3  # of the kernels' speed: raise it when one of them changes
 PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
@@ -150,31 +142,7 @@ def fit(works: Float[np.ndarray, "times 3"], seconds: Float[np.ndarray, " times"
 
 def machine_key(device: torch.device) -> Mapping[str, str]:
     """What a measurement holds for."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
-    return {
-        "device": f"{device.type} {name}",
-        "cpus": str(os.cpu_count()),
-        "torch": torch.__version__,
-        "numba": _version("numba"),
-        "threads": str(torch.get_num_threads()),
-        "kernels": str(KERNEL_VERSION),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    fields = dict.fromkeys(line for line in lines if line.startswith(("model", "cpu family", "CPU part")))
-    return "; ".join(" ".join(line.split()) for line in fields) or platform.processor() or platform.machine()
+    return machine.machine_key(device, kernels=KERNEL_VERSION)
 
 
 def load(
@@ -183,25 +151,10 @@ def load(
     measure: Callable[[torch.device], CostModel],
 ) -> CostModel:
     """The costs kept in a folder, or measured now and kept there where it can be written."""
-    key = machine_key(device)
-    mark = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    file = folder / f"{mark[:16]}.json"
-    try:
-        data = json.loads(file.read_text())
-        if data["machine"] == key:
-            return CostModel.from_json(json.dumps(data["costs"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        logger.debug("%s holds no costs of this machine.", file)
-    started = time.perf_counter()
-    model = measure(device)
-    logger.info("Kernels measured in %.1f s.", time.perf_counter() - started)
-    if not model.complete:
-        logger.info("The machine was busy: not all kernels were measured, and nothing is kept.")
-        return model
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        data = {"machine": key, "costs": json.loads(model.to_json())}
-        write_atomically(file, json.dumps(data, indent=1).encode())
-    except OSError as error:
-        logger.info("The costs are not kept: %s.", error)
-    return model
+    return machine.measured_once(
+        folder,
+        machine_key(device),
+        read=lambda data: CostModel.from_json(json.dumps(data["costs"])),
+        write=lambda model: {"costs": json.loads(model.to_json())} if model.complete else None,
+        measure=lambda: measure(device),
+    )
