@@ -48,9 +48,10 @@ def grid(*, quick: bool, dtype: str, threads: int, with_vllm: bool) -> list[Cell
         patient = tuple(name for name in everybody if name != "switching")
         points = [("decode", ROWS, WIDTH, ROWS, patient), ("prefill", 8, 8, 8, everybody)]
     else:
-        points = [("decode", ROWS, WIDTH, ROWS, everybody)]
+        # The bars' own points first: an interrupted run has them.
+        points = [("decode", ROWS, WIDTH, ROWS, everybody), ("prefill", ROWS, 32, ROWS, plain)]
         points += [("decode", ROWS, WIDTH, personas, everybody) for personas in (8, 1)]
-        points += [("prefill", ROWS, 32, ROWS, plain), ("prefill", 8, 32, 8, everybody)]
+        points += [("prefill", 8, 32, 8, everybody)]
     return [
         Cell("smollm2", dtype, phase, rows, width, personas, ITERATIONS[quick], threads, names)
         for phase, rows, width, personas, names in points
