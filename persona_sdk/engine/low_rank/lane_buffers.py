@@ -24,7 +24,7 @@ from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from persona_sdk.engine.low_rank.lanes import Factors, Lane
-from persona_sdk.engine.uploads import Staged
+from persona_sdk.engine.uploads import Staged, upload
 from persona_sdk.errors import EngineError
 
 TOKENS = 16  # of a segment: the least height of a product on tensor cores
@@ -93,7 +93,7 @@ class LaneBuffers:
             wide * lanes * tokens * factors.rank, dtype=torch.float32, device=device
         )
         self.blocking = blocking
-        self.tiles = {index: _tiles(factors, index, blocking.c).to(device) for index in factors.sites}
+        self.tiles = {index: upload(_tiles(factors, index, blocking.c), device) for index in factors.sites}
         self.write(())
 
     def fits(self, lanes: Sequence[Lane]) -> bool:
