@@ -3,9 +3,9 @@
     rows, positions     1, 12      3, 40      5, 100     5, 200
     bucket              1, 64      4, 64      8, 128     8, 256        each with and without branches
 
-A step is two copies at most per arena and one for the rows, then one replay: rows that join, leave or are
-steered are written into buffers. Captured anew is what reads an address that changed: the token pool or an
-arena grew, or there is room for more arenas or lanes (low_rank/room.py).
+A step is one copy for the rows, one per arena if their branches changed, and one replay: rows that join,
+leave or are steered are written into buffers. Captured anew is what reads an address that changed: the token
+pool or an arena grew, or there is room for more arenas or lanes (low_rank/room.py).
 
     captures  <=  row buckets * width buckets * 2        as long as nothing grows
 
