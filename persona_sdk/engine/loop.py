@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_sdk.engine.decode_graphs import decode_graphs
 from persona_sdk.engine.entries import entries, given_entries
 from persona_sdk.engine.forward.base import Forward
 from persona_sdk.engine.forward.batch import RowTokens, pack
@@ -50,6 +51,7 @@ class Loop:
     ) -> None:
         self.model, self.forward, self.options = model, forward, options
         self.table = RowTable(model, forward, options, prefixes, blocks)
+        self.graphs = decode_graphs(forward, self.table.pool, self.table.patches, model.device, options)
         shape = self.table.kv_shape
         prefixes.serve(shape, spill(shape) if spill and shape else None)
         self._queue = Queue(ScheduleOptions(prefill_tokens=options.prefill_tokens, max_wait=options.max_wait))
@@ -71,6 +73,8 @@ class Loop:
 
     def close(self) -> None:
         """Release the tiers and leave the base model as it was found."""
+        if self.graphs is not None:
+            self.graphs.clear()
         self.table.close()
         self.forward.close()
 
@@ -180,7 +184,14 @@ class Loop:
         wanted: Sequence[int] | None = None,
         every: bool = False,
     ) -> Float[Tensor, "outputs vocab"]:
-        """Logits of the rows' new tokens under their own patches; see `PackedBatch` and `Forward`."""
+        """Logits of the rows' new tokens under their own patches; see `PackedBatch` and `Forward`.
+
+        Good until the next pass, which may write its own over them.
+        """
+        if self.graphs is not None and not every:
+            logits = self.graphs.logits(numbers, new, wanted)
+            if logits is not None:
+                return logits
         batch = pack(new, self.model.device, wanted)
         branches = self.table.patches.batch(numbers, self.forward.spread(batch.lengths), self.model.device)
         return self.forward(batch, self.table.pool, branches, every=every)

@@ -38,6 +38,11 @@ class EngineOptions(FrozenConfig):
     kernel: Literal["auto", "indexed", "dense", "batched", "segments", "triton"] = Field(
         "auto", description="of the low-rank branch; auto takes the cheapest by this machine's measured costs"
     )
+    graphs: bool = Field(
+        True,
+        description="on CUDA, run decode steps as CUDA graphs: those of rows without adapters, and with "
+        "kernel='triton' all; no effect on CPUs",
+    )
     calibrate: bool = Field(True, description="choose kernels by measuring this machine once")
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from persona_sdk.config import GenerationOptions
+from persona_sdk.engine.uploads import upload
 from persona_sdk.plan import DecodingRule
 
 _BLOCK = 64  # uniforms are drawn in blocks of one size, so that a longer run starts like a shorter one
@@ -167,7 +168,7 @@ def choose_on_device(
         top, tokens = logits.max(dim=1)
         bad = ~top.isfinite()
         if sampled:
-            rows = _upload(torch.tensor(sampled), logits.device)
+            rows = upload(torch.tensor(sampled), logits.device)
             tokens[rows] = sample(logits[rows], Laws.of([samplers[row] for row in sampled], logits.device))
     return tokens.masked_fill(bad, 0), bad
 
@@ -187,7 +188,7 @@ class Laws:
     def of(samplers: Sequence[RowSampler], device: torch.device) -> "Laws":
         """The laws of rows that are about to choose."""
         table = [[s.draw(), s.temperature, s.top_k, s.top_p] for s in samplers]
-        draws, temperature, top_k, top_p = _upload(torch.tensor(table, dtype=torch.float64), device).mT
+        draws, temperature, top_k, top_p = upload(torch.tensor(table, dtype=torch.float64), device).mT
         widest, nucleus = max(s.top_k for s in samplers), any(s.top_p < 1 for s in samplers)
         return Laws(draws[:, None], temperature[:, None], top_k[:, None], top_p[:, None], widest, nucleus)
 
@@ -221,11 +222,6 @@ def _quantile(weights: Float[Tensor, "rows n"], draws: Float[Tensor, "rows 1"]) 
     cumulative = weights.cumsum(dim=1)
     target = draws * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
-
-
-def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, without waiting for the device."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _blocks(logits: Float[Tensor, "rows vocab"]) -> tuple[Float[Tensor, "rows blocks width"], int]:

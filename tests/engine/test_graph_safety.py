@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from persona_sdk.engine.low_rank.graphs import Eager, GraphPool, StaticBatch, bucket_of
+from persona_sdk.engine.low_rank.graphs import Eager, GraphPool, StaticBatch
 from persona_sdk.engine.low_rank.lane_buffers import LaneBuffers
 from persona_sdk.engine.low_rank.lanes import Factors, Lane, lanes_of
+from persona_sdk.engine.low_rank.room import bucket_of
 from persona_sdk.engine.low_rank.triton_indexed import TritonIndexed
 from persona_sdk.errors import EngineError
 

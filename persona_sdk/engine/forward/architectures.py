@@ -39,6 +39,7 @@ class Block:
 class Blocks:
     """A whole decoder: token embeddings, layers, final norm, output head, rotary table.
 
+    ``reads_back`` says that the rotary table looks at the positions on the host.
     Tensors are the model's own, modules are not: a training run may take the module tree apart meanwhile.
     """
 
@@ -50,6 +51,7 @@ class Blocks:
     heads: int
     kv_heads: int
     head_dim: int
+    reads_back: bool
 
 
 def blocks_of(module: Any) -> Blocks | None:
@@ -72,6 +74,8 @@ def blocks_of(module: Any) -> Blocks | None:
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=layers[0].q.out_features // config.num_attention_heads,
+        # It computes its frequencies anew when positions pass what it has seen.
+        reads_back="dynamic" in str(getattr(decoder.rotary_emb, "rope_type", "")),
     )
 
 

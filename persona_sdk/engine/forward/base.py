@@ -24,9 +24,11 @@ class Branches(Protocol):
 class Forward(Protocol):
     """One base model's forward pass.
 
-    ``sites`` is where branches attach, ``layers`` what a token keeps, ``cache_dtype`` in which precision.
+    ``sites`` is where branches attach, ``layers`` what a token keeps, ``cache_dtype`` in which precision;
+    ``capturable`` says that a decode pass on a device reads nothing back: it can be a CUDA graph.
     """
 
+    capturable: bool
     sites: tuple[Site, ...]
     layers: tuple[LayerShape, ...]
     cache_dtype: torch.dtype

@@ -8,6 +8,7 @@ tables     for every row, the slots of all its tokens so far, the new ones inclu
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from persona_sdk.engine.uploads import upload
 from persona_sdk.errors import EngineError
 
 
@@ -78,12 +80,25 @@ class PackedBatch:
     @cached_property
     def last(self) -> Int[Tensor, " wanted"]:
         """Packed index of the last token of every wanted row."""
-        return torch.tensor((np.cumsum(self.lengths) - 1)[list(self.wanted)], device=self.tokens.device)
+        ends = (np.cumsum(self.lengths) - 1)[list(self.wanted)]
+        return upload(torch.from_numpy(ends), self.tokens.device)
 
     @cached_property
     def fresh(self) -> tuple[bool, ...]:
         """For every row, whether its new tokens are all it has."""
         return tuple(length == seen for length, seen in zip(self.lengths, self.seen, strict=True))
+
+
+def packed_size(tokens: int, rows: int, width: int) -> int:
+    """Numbers that a pass needs on the device."""
+    return 3 * tokens + rows * width
+
+
+def packed_views(flat: Any, tokens: int, rows: int, width: int) -> tuple[Any, Any, Any, Any]:
+    """Tokens, positions, slots and tables in one flat array or tensor."""
+    stops = [tokens, 2 * tokens, 3 * tokens]
+    table = flat[stops[2] :].reshape(rows, width)
+    return flat[: stops[0]], flat[stops[0] : stops[1]], flat[stops[1] : stops[2]], table
 
 
 def pack(rows: Sequence[RowTokens], device: torch.device, wanted: Sequence[int] | None = None) -> PackedBatch:
@@ -92,19 +107,23 @@ def pack(rows: Sequence[RowTokens], device: torch.device, wanted: Sequence[int] 
     if not rows or min(lengths) < 1:
         raise EngineError("A forward pass needs at least one token of every row.")
     seen = tuple(len(row.table) for row in rows)
-    tables = np.zeros((len(rows), max(seen)), dtype=np.int64)
-    for index, row in enumerate(rows):
-        tables[index, : seen[index]] = row.table
-    tokens = np.concatenate([np.asarray(row.tokens, dtype=np.int64) for row in rows])
-    positions = np.concatenate([np.asarray(row.positions, dtype=np.int64) for row in rows])
-    slots = np.concatenate([row.table[np.asarray(row.positions)] for row in rows])
+    shape = sum(lengths), len(rows), max(seen)
+    host = np.zeros(packed_size(*shape), dtype=np.int64)
+    tokens, positions, slots, tables = packed_views(host, *shape)
     starts = np.cumsum((0, *lengths[:-1]))
+    for index, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True)):
+        new = slice(start, start + length)
+        tokens[new], positions[new] = row.tokens, row.positions
+        slots[new] = row.table[positions[new]]
+        tables[index, : seen[index]] = row.table
+    # One copy: each would be a call of the driver.
+    tokens, positions, slots, tables = packed_views(upload(torch.from_numpy(host), device), *shape)
     return PackedBatch(
-        tokens=torch.from_numpy(tokens).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        slots=torch.from_numpy(slots).to(device),
+        tokens=tokens,
+        positions=positions,
+        slots=slots,
         lengths=lengths,
-        tables=torch.from_numpy(tables).to(device),
+        tables=tables,
         seen=seen,
         wanted=tuple(range(len(rows))) if wanted is None else tuple(wanted),
         vectors=tuple(

@@ -32,6 +32,7 @@ class FusedForward:
         self._device = blocks.head.weight.device
         self._layers = [_Layer(block, index) for index, block in enumerate(blocks.layers)]
         self._head = PackedLinear.of(blocks.head)
+        self.capturable = not blocks.reads_back
         self.sites = tuple(site for layer in self._layers for site in layer.sites)
         self.layers = (LayerShape(blocks.kv_heads, blocks.head_dim, blocks.head_dim),) * len(blocks.layers)
         weights = blocks.head.weight

@@ -21,6 +21,7 @@ from persona_sdk.engine.forward.base import Branches, embedded
 from persona_sdk.engine.forward.batch import PackedBatch
 from persona_sdk.engine.forward.pool import LayerShape, TokenPool
 from persona_sdk.engine.low_rank.sites import Site, single_sites
+from persona_sdk.engine.uploads import upload
 from persona_sdk.errors import ModelError
 from persona_sdk.models import LanguageModel
 
@@ -30,6 +31,7 @@ class GeneralForward:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
+        self.capturable = False  # what a model's own modules do is not known
         self.sites = single_sites(model.linear_shapes())
         self.cache_dtype = model.dtype
         self.layers = _probe(model)
@@ -72,7 +74,8 @@ class GeneralForward:
                 use_cache=True,
                 logits_to_keep=0 if every else 1,
             ).logits
-        logits: Tensor = out[layout.real] if every else out[list(batch.wanted), -1]
+        wanted = upload(torch.tensor(batch.wanted, dtype=torch.long), out.device)
+        logits: Tensor = out[layout.real] if every else out[wanted, -1]
         return logits.float()
 
     def _masks(self, layout: "_Padded") -> Any:
@@ -113,7 +116,7 @@ class _Padded:
     def __init__(self, batch: PackedBatch) -> None:
         self.batch = batch
         longest, device = max(batch.lengths), batch.tokens.device
-        lengths = torch.tensor(batch.lengths, device=device)
+        lengths = upload(torch.tensor(batch.lengths), device)
         columns = torch.arange(longest, device=device)
         self.real: Bool[Tensor, "rows longest"] = columns >= longest - lengths[:, None]
         self.positions: Int[Tensor, "rows longest"] = self.spread(batch.positions)

@@ -2,6 +2,7 @@
 
     keys[layer]   [capacity, kv_heads, head_dim]        a row owns a list of token slots, in order of position
     slot 0        zeros; pads tables of different lengths, so that a gather never reads a stale number
+    slot 1        scratch: where places of a fixed batch that no row takes write, and what they alone read
 
 A row reserves every slot it may need when it is admitted and gives all of them back at once, so a running
 row never lacks room and there is nothing to compact. The pool starts small and doubles up to its budget.
@@ -20,6 +21,8 @@ from persona_sdk.errors import BudgetError, DeviceMemoryError
 from persona_sdk.tensors import TensorBundle
 
 KEYS, VALUES = "keys", "values"
+SCRATCH = 1
+_RESERVED = 2  # slots no row can own
 _FIRST_CAPACITY = 1024
 
 
@@ -46,7 +49,7 @@ class TokenPool:
         self.layers, self.dtype = tuple(layers), dtype
         numbers = sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.layers)
         self.bytes_per_token = numbers * torch.empty((), dtype=dtype).element_size()
-        self.most_tokens = max(budget_bytes // self.bytes_per_token, 1)
+        self.most_tokens = max(budget_bytes // self.bytes_per_token, _RESERVED)
         first = min(_FIRST_CAPACITY, self.most_tokens)
         self.keys = [
             torch.zeros(first, layer.kv_heads, layer.key_dim, device=device, dtype=dtype)
@@ -57,17 +60,22 @@ class TokenPool:
             for layer in self.layers
         ]
         self._capacity = first
-        self._free: NDArray[np.int64] = np.arange(1, first)
+        self._free: NDArray[np.int64] = np.arange(_RESERVED, first)
 
     @property
     def capacity(self) -> int:
-        """Token slots that exist, the zero slot included."""
+        """Token slots that exist, those no row can own included."""
         return self._capacity
 
     @property
     def used(self) -> int:
         """Token slots that rows hold."""
-        return self.capacity - 1 - len(self._free)
+        return self.capacity - _RESERVED - len(self._free)
+
+    @property
+    def addresses(self) -> tuple[tuple[int, int], ...]:
+        """Where every layer's keys and values stand and how many slots they have; changes when they grow."""
+        return tuple((layer.data_ptr(), len(layer)) for layer in (*self.keys, *self.values))
 
     def take(self, count: int) -> NDArray[np.int64] | None:
         """Reserve `count` slots; None while other rows hold too many.
@@ -76,15 +84,16 @@ class TokenPool:
             BudgetError: more than the whole budget.
             DeviceMemoryError: the device cannot hold a larger pool.
         """
-        if count >= self.most_tokens:
+        most = self.most_tokens - _RESERVED
+        if count > most:
             raise BudgetError(
-                f"The request needs room for {count} tokens; {self.most_tokens - 1} fit the budget.",
+                f"The request needs room for {count} tokens; {most} fit the budget.",
                 hint="Shorten the prompt, ask for fewer new tokens, or raise EngineOptions.kv_bytes.",
             )
         if count > len(self._free):
-            if self.used + count >= self.most_tokens:
+            if self.used + count > most:
                 return None
-            self._grow(self.used + count + 1)
+            self._grow(self.used + count + _RESERVED)
         taken, self._free = self._free[:count], self._free[count:]
         return taken
 

@@ -31,11 +31,6 @@ logger = logging.getLogger("persona_sdk.engine")
 _WARM_UPS = 2  # the first compiles kernels, the second allocates as the captured one will
 
 
-def bucket_of(rows: int) -> int:
-    """The least power of two that holds so many rows."""
-    return 1 << max(rows - 1, 0).bit_length()
-
-
 class StaticBatch:
     """The branches of decode steps of one bucket: `Branches` whose tensors keep their addresses.
 
@@ -73,6 +68,11 @@ class StaticBatch:
         found = _by_arena(lanes)
         for number, part in self._parts.items():
             part.buffers.write(found.get(number, ()))
+
+    @property
+    def moved(self) -> bool:
+        """Whether an arena has other blocks than were written last."""
+        return any(part.buffers.data is not part.buffers.factors.arena.data for part in self._parts.values())
 
     @property
     def addresses(self) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from persona_sdk.engine.low_rank.lanes import Factors, Lane
+from persona_sdk.engine.uploads import Staged, upload
 from persona_sdk.errors import EngineError
 
 TOKENS = 16  # of a segment: the least height of a product on tensor cores
@@ -77,15 +78,14 @@ class LaneBuffers:
         segments = rows + tokens // TOKENS if prompts else 0
         shapes = (places, places, (*places, factors.rank), (tokens,), (segments, 3))
         stops = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)]).tolist()
-        self._staged = torch.zeros(stops[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.state: Int32[Tensor, " state"] = torch.zeros(stops[-1], dtype=torch.int32, device=device)
+        self._staged = Staged(stops[-1], torch.int32, device)
+        self.state: Int32[Tensor, " state"] = self._staged.tensor
 
         def views(flat: Any) -> list[Any]:
             parts = zip(shapes, stops[:-1], stops[1:], strict=True)
             return [flat[start:stop].reshape(shape) for shape, start, stop in parts]
 
-        self._host = views(self._staged.numpy())
+        self._host = views(self._staged.host)
         self.slots, self.used, gates, self.row_of_token, self.segments = views(self.state)
         self.gates: Float32[Tensor, "lanes places rank"] = gates.view(torch.float32)
         wide = max(blocking.splits(site.d_in) * len(site.spans) for site in factors.sites.values())
@@ -93,7 +93,7 @@ class LaneBuffers:
             wide * lanes * tokens * factors.rank, dtype=torch.float32, device=device
         )
         self.blocking = blocking
-        self.tiles = {index: _tiles(factors, index, blocking.c).to(device) for index in factors.sites}
+        self.tiles = {index: upload(_tiles(factors, index, blocking.c), device) for index in factors.sites}
         self.write(())
 
     def fits(self, lanes: Sequence[Lane]) -> bool:
@@ -119,8 +119,7 @@ class LaneBuffers:
                 f"do not fit buffers of {self.lanes} lanes, {self.rows} rows and {self.tokens} tokens.",
                 hint="Make larger buffers and capture the graph anew.",
             )
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._staged.wait()
         slots, used, gates, row_of_token, segments = self._host
         slots.fill(-1)
         row_of_token.fill(self.rows)
@@ -140,9 +139,7 @@ class LaneBuffers:
             found = _segments(lengths) if len(segments) else np.zeros((0, 3), np.int32)
             segments[: len(found)] = found
         self.data = lanes[0].data if lanes else self.factors.arena.data
-        self.state.copy_(self._staged, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._staged.send()
 
     @property
     def addresses(self) -> tuple[int, ...]:

@@ -120,6 +120,12 @@ class Factors:
         return found
 
     @cached_property
+    def order(self) -> tuple[int, int, tuple[str, ...]]:
+        """By which arenas are sorted: in an order that does not depend on who shares the batch."""
+        paths = (span.module.path for site in self.sites.values() for span in site.spans)
+        return self.rank, self.arena.layout.size, tuple(paths)
+
+    @cached_property
     def modules(self) -> int:
         """Number of patched modules."""
         return sum(len(site.spans) for site in self.sites.values())

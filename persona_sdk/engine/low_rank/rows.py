@@ -45,16 +45,17 @@ class PatchTable:
         self._batches: OrderedDict[object, tuple[LowRankBatch, tuple[tuple[Arena, Tensor], ...]]] = (
             OrderedDict()
         )
+        self._decoding: tuple[tuple[int, ...], tuple[Lane, ...]] | None = None
 
     def bind(self, row: int, patches: Sequence[BoundPatch]) -> None:
         """Give a row its patches, in the order they are added. Replaces those it had."""
         self._rows[row] = tuple(patches)
-        self._batches.clear()
+        self._changed()
 
     def unbind(self, row: int) -> None:
         """Take a row's patches; a row without any may be unbound too."""
         if self._rows.pop(row, None):
-            self._batches.clear()
+            self._changed()
 
     def steer(self, row: int, patch_index: int, gate: tuple[float, ...]) -> None:
         """Change the gate of one patch of a row; holds from the next batch on."""
@@ -90,8 +91,25 @@ class PatchTable:
             self._batches.popitem(last=False)
         return batch
 
+    def decoding(self, rows: Sequence[int]) -> tuple[Lane, ...]:
+        """The lanes of a pass over one token of every row: the same object until the table or an arena of
+        theirs changes.
+        """
+        key = tuple(rows)
+        if self._decoding is not None and self._decoding[0] == key:
+            lanes = self._decoding[1]
+            if all(lane.factors.arena.data is lane.data for lane in lanes):
+                return lanes
+        lanes = tuple(self._lanes(rows, [1] * len(rows)))
+        self._decoding = (key, lanes)
+        return lanes
+
+    def _changed(self) -> None:
+        self._batches.clear()
+        self._decoding = None
+
     def _lanes(self, rows: Sequence[int], lengths: Sequence[int]) -> list[Lane]:
-        """The lanes of all arenas; arenas in an order that does not depend on who shares the batch."""
+        """The lanes of all arenas, those in `Factors.order`."""
         used: dict[int, list[list[BoundPatch]]] = {}
         for place, row in enumerate(rows):
             for patch in self.patches(row):
@@ -100,10 +118,7 @@ class PatchTable:
                     used[id(arena)] = [[] for _ in rows]
                     self._factors.setdefault(id(arena), Factors(arena))
                 used[id(arena)][place].append(patch)
-        factors = sorted(
-            (self._factors[number] for number in used),
-            key=lambda found: (found.rank, found.arena.layout.size, *found.sites),
-        )
+        factors = sorted((self._factors[number] for number in used), key=lambda found: found.order)
         return [lane for one in factors for lane in lanes_of(one, used[id(one.arena)], lengths)]
 
     def _choose(self, lane: Lane, model: CostModel) -> str:
