@@ -62,7 +62,7 @@ def traces(*, quick: bool, draws: int) -> list[TraceConfig]:
     """All traces: draws of the fewest and the most adapters, which the bar compares, in alternating order;
     then one draw of the numbers between, and of bursts.
     """
-    requests = 40 if quick else 400
+    requests = 40 if quick else 300
     common = {"requests": requests, "rate": RATE}
     found = []
     for seed in range(draws):

@@ -127,11 +127,13 @@ class PatchTable:
             able.add("indexed")
         if triton_indexed.runs_on(lane.data):
             able.add("triton")  # only when asked for: its costs on a device are not known yet
+        # One product per run would make the operators of a decode step grow with the adapters in it.
+        costed = able if lane.shape.prompt else able - {"segments"}
         # Asked last: it reads the blocks.
-        wanted = self._kernel or model.choose(lane.shape, able | {"dense"})
+        wanted = self._kernel or model.choose(lane.shape, costed | {"dense"})
         if wanted == "dense" and self._all_finite(lane):
             able.add("dense")
-        return wanted if wanted in able else model.choose(lane.shape, able)
+        return wanted if wanted in able else model.choose(lane.shape, costed)
 
     def _all_finite(self, lane: Lane) -> bool:
         """Whether all blocks a dense product reads are known to hold only numbers."""
