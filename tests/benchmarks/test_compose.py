@@ -46,7 +46,9 @@ def test_a_run_measures_writes_and_resumes(tmp_path, small, capsys):
     assert {row["distinct"] for row in result.tables["admission"]} == {1, 3}
     assert result.bars["ops_constant_in_distinct_adapters"].value == 0
     for row in result.tables["operations"]:
-        assert row["base"] <= row["ours"] < row["peft"]  # a compiled branch is no operator of torch
+        # A compiled branch is no operator of torch; which kernel this machine takes, it decides itself.
+        assert row["base"] <= row["ours"] <= row["peft"]
+        assert row["ours"] < row["peft"] or row["distinct"] == 1
 
     # One cell is lost; only it is measured again, the others keep their numbers to the last digit.
     lost = next(p for p in (tmp_path / "cells").glob("*prefill*"))
