@@ -197,7 +197,7 @@ class Indexing(TorchFunctionMode):
 def test_fake_tensors_pass_through_a_whole_step(name, device, monkeypatch):
     """Under fake tensors an operator that needs a value, or a shape that depends on one, is an error."""
     without_compiled_loops(monkeypatch)
-    monkeypatch.setattr("persona_sdk.engine.forward.packed.can_pack", lambda _: False)
+    monkeypatch.setattr("persona_sdk.packed.can_pack", lambda _: False)
     factors = Factors(arena(FORWARDS[name]))
     inputs, branches = StaticDecode(ROWS, WIDTH, CPU), StaticBatch([(factors, 2)], ROWS, CPU)
     with FakeTensorMode(), Indexing(), torch.no_grad():
