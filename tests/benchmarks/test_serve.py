@@ -254,3 +254,18 @@ def test_gaps_are_measured_with_and_without_a_newcomer(tiny):
     found = serve_latency.stall(tiny, rows=2, prompt=150, tokens=12, turns=1)
     assert {name: len(gaps) for name, gaps in found["gaps"].items()} == {"chunked": 1, "whole": 1, "alone": 1}
     assert set(found["newcomer"]) == {"chunked", "whole"}
+
+
+def test_what_is_stored_is_put_together_without_measuring(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise AssertionError("nothing is to be measured")
+
+    monkeypatch.setattr(serve, "load", fails)
+    config, data = replayed(5, 10.0, requests=300, law="uniform", seed=0)
+    key = f"trace-{config.law}-{config.adapters}-cv1-{config.requests}-seed0-float32-threads1"
+    (tmp_path / f"{key}.json").write_text(json.dumps({"commit": "c", "cell": data}))
+    target = tmp_path / "result.json"
+    assert serve.main(["--stored", "--resume", str(tmp_path), "--json", str(target)]) == 0
+    result = harness.read(target)
+    assert [row["adapters"] for row in result.tables["trace replay"]] == [5]
+    assert any("were not measured" in note for note in result.notes)
