@@ -112,14 +112,25 @@ def serve(result: Result) -> Any:
 
 
 def _step_panel(axis: Any, rows: Sequence[Row], phase: str) -> None:
-    """A group of bars for every batch, a bar for every contender, on a logarithmic scale."""
+    """A group of bars from zero for every batch, a bar for every contender with its milliseconds.
+
+    Bars more than eight times the shortest are cut and hatched: only their number counts.
+    """
     names = [name for name in _SERVE_COLOURS if any(row.get(name) is not None for row in rows)]
+    every = [float(str(row[name])) for row in rows for name in names if row.get(name) is not None]
+    top = max(time for time in every if time <= 8 * min(every))
     for index, name in enumerate(names):
         places = [place for place, row in enumerate(rows) if row.get(name) is not None]
         times = [float(str(rows[place][name])) for place in places]
         shifted = [place + (index - (len(names) - 1) / 2) * 0.8 / len(names) for place in places]
-        axis.bar(shifted, times, 0.8 / len(names), color=_SERVE_COLOURS[name], label=name)
-    axis.set_yscale("log")
+        shown = [time if time <= top else 1.2 * top for time in times]
+        bars = axis.bar(shifted, shown, 0.8 / len(names), color=_SERVE_COLOURS[name], label=name)
+        for bar, time in zip(bars, times, strict=True):
+            middle, cut = bar.get_x() + bar.get_width() / 2, time > top
+            bar.set_hatch("//" if cut else None)
+            text = f"{time:,.0f} (cut)" if cut else f"{time:,.0f}"
+            axis.text(middle, bar.get_height(), text, fontsize=6, ha="center", va="bottom")
+    axis.set_ylim(0, 1.7 * top)  # the legend stands above the bars
     axis.set_ylabel("milliseconds a step")
     labels = [f"{row['rows x tokens']}\n{row['personas']} personas" for row in rows]
     axis.set_xticks(range(len(rows)), labels)
