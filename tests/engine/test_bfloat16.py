@@ -126,11 +126,16 @@ def test_a_kernel_is_the_dense_formula(kernel, rows, data):
 
 @pytest.mark.parametrize(
     ("kernel", "length", "name"),
-    [("batched", 1, "IndexedBfloat16"), ("segments", 1, "SegmentsBfloat16"), ("batched", 16, "Batched")],
+    [("batched", 1, "IndexedBfloat16"), ("segments", 1, "Segments"), ("batched", 16, "Batched")],
 )
 def test_the_kernels_for_bfloat16_run_where_they_are_meant_to(kernel, length, name):
     batch = batch_of([[WORLD.patch(0, 1, (1.0,))], [WORLD.patch(0, 2, (1.0,))]], [length, length], kernel)
     assert {type(part).__name__ for parts in batch._parts.values() for part in parts} == {name}
+
+
+def test_products_of_prompts_are_float32():
+    batch = batch_of([[WORLD.patch(0, 1, (1.0,))]], [4], "segments")
+    assert {batch._dtypes[part] for parts in batch._parts.values() for part in parts} == {torch.float32}
 
 
 def test_without_numba_torch_does_the_work(monkeypatch):

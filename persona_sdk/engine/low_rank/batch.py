@@ -16,12 +16,11 @@ from persona_sdk.engine.low_rank.indexed import Indexed
 from persona_sdk.engine.low_rank.indexed_bfloat16 import IndexedBfloat16
 from persona_sdk.engine.low_rank.kernels import Batched, Dense, Part, Segments
 from persona_sdk.engine.low_rank.lanes import Lane
-from persona_sdk.engine.low_rank.segments_bfloat16 import SegmentsBfloat16
 from persona_sdk.engine.low_rank.sites import Site
 from persona_sdk.engine.low_rank.triton_indexed import TritonIndexed
 
 _TORCH: Mapping[str, Callable[[Lane, torch.device], Part]] = MappingProxyType(
-    {"dense": Dense, "batched": Batched, "segments": Segments, "segments bfloat16": SegmentsBfloat16}
+    {"dense": Dense, "batched": Batched, "segments": Segments}
 )
 # One call adds all lanes of an arena.
 _TOGETHER: Mapping[str, Callable[[Sequence[Lane]], Part]] = MappingProxyType(
@@ -35,8 +34,8 @@ class LowRankBatch:
 
     Args:
         lanes: with the kernel of each. Those of one arena that a slot-indexed kernel adds go in one call.
-            "batched" and "segments" name what is computed; bfloat16 factors on CPUs have kernels of their own
-            for it, which are used (`_own`).
+            "batched" names what is computed; bfloat16 factors on CPUs have a kernel of their own for it,
+            which is used (`_own`).
         device: of the tokens.
     """
 
@@ -50,7 +49,7 @@ class LowRankBatch:
                 together.setdefault((kernel, id(lane.factors)), []).append(lane)
             else:
                 parts.append((lane, _TORCH[kernel](lane, device)))
-                if kernel == "segments bfloat16":
+                if kernel == "segments" and _is_bfloat16_on_cpu(lane):
                     self._dtypes[parts[-1][1]] = torch.float32
         parts += [(found[0], _TOGETHER[kernel](found)) for (kernel, _), found in together.items()]
         self._parts: dict[int, list[Part]] = {}
@@ -77,9 +76,10 @@ class LowRankBatch:
 
 def _own(kernel: str, lane: Lane) -> str:
     """The kernel that bfloat16 factors on a CPU have for what a torch kernel computes, if there is one."""
-    if lane.data.device.type != "cpu" or lane.data.dtype != torch.bfloat16:
-        return kernel
     short = lane.shape.tokens < _LONG_RUN * lane.shape.runs
-    if kernel == "batched" and short and indexed_bfloat16.runs_on(lane.data):
-        return "indexed bfloat16"
-    return "segments bfloat16" if kernel == "segments" else kernel
+    own = kernel == "batched" and short and indexed_bfloat16.runs_on(lane.data)
+    return "indexed bfloat16" if own else kernel
+
+
+def _is_bfloat16_on_cpu(lane: Lane) -> bool:
+    return lane.data.device.type == "cpu" and lane.data.dtype == torch.bfloat16

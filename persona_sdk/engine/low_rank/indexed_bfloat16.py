@@ -1,4 +1,4 @@
-"""The compiled kernel for bfloat16 factors on CPUs: half the bytes of indexed.py's, the same jobs.
+"""The compiled kernel for bfloat16 factors on CPUs: half the bytes of indexed.py's, a job per row and patch.
 
     y[t] += B_k^T (g_k (A_k . x[t]))          for every job, token t of it, and rank direction k with g_k != 0
 

@@ -138,6 +138,9 @@ class Batched:
 class Segments:
     """See the module's docstring. Shrinks as ``A x^T``: with few rank directions nearly twice as fast as
     ``x A^T`` in the CPU's matrix library.
+
+    Factors less precise than `x` are widened site by site. On CPUs the products are too thin for bfloat16:
+    with 8 rank directions and 64 tokens oneDNN takes 20 us for what float32 does in 5 (a Xeon with AMX).
     """
 
     contiguous = False
@@ -157,7 +160,8 @@ class Segments:
         factors, rank = self._factors[site], self._rank
         modules, d_in = len(factors.spans), factors.d_in
         for (block, tokens, gates), off in zip(self._runs, self._off, strict=True):
-            A = block[factors.first_a : factors.first_a + modules * rank * d_in].view(-1, d_in)
+            region = block[factors.first_a : factors.stop].to(x.dtype)
+            A = region[: modules * rank * d_in].view(-1, d_in)
             hidden = (A @ x[tokens].mT).view(modules, rank, -1)
             if off:
                 hidden = torch.where(gates != 0, hidden * gates, 0).to(hidden.dtype)
@@ -165,6 +169,6 @@ class Segments:
                 hidden.mul_(gates)
             into = y[tokens]
             for place, span in enumerate(factors.spans):
-                column, d_out = span.module.column, span.module.d_out
-                B = block[span.b : span.b + rank * d_out].view(rank, d_out)
+                start, column, d_out = span.b - factors.first_a, span.module.column, span.module.d_out
+                B = region[start : start + rank * d_out].view(rank, d_out)
                 into[:, column : column + d_out].addmm_(hidden[place].mT, B)
