@@ -10,6 +10,7 @@ from benchmarks.harness import Result, Row
 _COLOURS = {"ours": "#2a6fbb", "peft": "#c9752d"}
 _SERVE_COLOURS = {
     "ours": "#2a6fbb",
+    "ours bfloat16": "#1d4a7d",
     "base": "#8fb8de",
     "eager": "#999999",
     "peft": "#c9752d",

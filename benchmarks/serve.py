@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks import harness, serve_latency, serve_replay, serve_tables
 from benchmarks.harness import BenchmarkError, Cells, Result
 from benchmarks.peers import vllm_rows
-from benchmarks.serve_step import VLLM, Cell, Stage
+from benchmarks.serve_step import NARROW, VLLM, Cell, Stage
 from benchmarks.serve_tables import Findings
 from benchmarks.subjects import SMOLLM2, random_llama
 from benchmarks.timing import turn
@@ -32,7 +32,7 @@ NAME = "serve"
 PARTS = ("steps", "replay", "latency")
 ROWS, WIDTH = 32, 64
 ITERATIONS = {True: 9, False: 35}  # four of 35 are dropped at most, which leaves the 31 of a claim
-PLAIN = ("ours", "base", "eager")
+PLAIN = ("ours", NARROW, "base", "eager")
 PEFT = ("peft", "switching")
 RATE = 20.0  # requests a second, several times what one core serves
 
@@ -173,13 +173,22 @@ class Run:
         """Every trace."""
         draws = max(self.options.seeds, 1 if self.options.quick else 3)
         for config in traces(quick=self.options.quick, draws=draws):
-            self.tell(f"trace over {config.adapters} adapters, {config.law}")
             key = self._key(
                 f"trace-{config.law}-{config.adapters}-cv{config.cv:g}-{config.requests}-seed{config.seed}"
             )
-            data = self._cell(key, lambda config=config: serve_replay.replay(self.model[0], config))  # type: ignore[misc]
-            if data:
-                self.found.replays.append((config, data))
+            for kept, precision in ((self.found.replays, "auto"), (self.found.narrow_replays, "bfloat16")):
+                compared = config.cv == 1 and config.adapters in (serve_tables.FEW, serve_tables.MANY)
+                if precision != "auto" and not compared:
+                    continue
+                self.tell(f"trace over {config.adapters} adapters, {config.law}, precision {precision}")
+                data = self._cell(
+                    key if precision == "auto" else f"{key}-adapters-{precision}",
+                    lambda config=config, precision=precision: serve_replay.replay(  # type: ignore[misc]
+                        self.model[0], config, branch_precision=precision
+                    ),
+                )
+                if data:
+                    kept.append((config, data))
 
     def latency(self) -> None:
         """First token and stall."""

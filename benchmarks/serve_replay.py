@@ -87,7 +87,7 @@ def request_of(model: LanguageModel, arrival: Arrival, tensors: Mapping[Digest, 
     )
 
 
-def replay(model: LanguageModel, config: TraceConfig) -> dict[str, Any]:
+def replay(model: LanguageModel, config: TraceConfig, *, branch_precision: str = "auto") -> dict[str, Any]:
     """Serve a trace with a fresh engine; throughput and latencies.
 
     Raises:
@@ -98,7 +98,7 @@ def replay(model: LanguageModel, config: TraceConfig) -> dict[str, Any]:
         place = Path(folder)
         # One more than the trace has: it warms the engine up and is not asked for again.
         tensors = AdapterFiles.write(place, model, config.adapters + 1)
-        block = size_bytes(tensors[name_of(0)])
+        block = size_bytes(tensors[name_of(0)]) // (2 if branch_precision == "bfloat16" else 1)
         options = EngineOptions(
             max_rows=ROWS,
             queue_limit=max(len(requests), 1),
@@ -106,6 +106,7 @@ def replay(model: LanguageModel, config: TraceConfig) -> dict[str, Any]:
             host_bytes=HOST_BLOCKS * block,
             disk_bytes=4 * HOST_BLOCKS * block,
             flat_folder=place / "flat",
+            branch_precision=branch_precision,
         )
         with Engine(model, options) as engine:
             warm = Arrival(0.0, config.adapters, config.prompt[1], 4)

@@ -3,6 +3,7 @@
 | name      | what                                                          | adapters a row | soft prefix |
 |-----------|---------------------------------------------------------------|----------------|-------------|
 | ours      | the engine, user + group + prefix                             | 2, own gate    | 8 vectors   |
+| ours bfloat16 | the same with ``branch_precision="bfloat16"``             | 2, own gate    | 8 vectors   |
 | base      | the same engine on plans without parts                        | none           | 8 tokens    |
 | eager     | transformers by hand                                          | none           | 8 tokens    |
 | peft      | ``adapter_names``                                             | 1 of rank 16   | 8 vectors   |
@@ -38,6 +39,7 @@ from persona_sdk.engine import Engine, EngineOptions, Request
 from persona_sdk.models import LanguageModel
 
 AGREE = {"float32": 0.9, "bfloat16": 0.0}  # least share of rows with equal tokens; bfloat16 rounds too much
+NARROW = "ours bfloat16"
 VLLM = {"vllm": 0, "vllm compiled": 0, "vllm lora": 2 * RANK}  # rank of the adapters each is built for
 _CHECKED = 3  # tokens a row
 
@@ -79,6 +81,7 @@ class Stage:
     source: str
     scene: Scene
     engine: Engine
+    narrow: Engine  # with bfloat16 adapters
     peft: Peft
     switching: Peft  # a tree of its own on the same tensors: the hooks of a mixed batch stay on its modules
     rates: floor.Rates
@@ -105,6 +108,8 @@ class Stage:
             # Twice the rows, so that the batch with personas and the one without stand side by side.
             engine = Engine(model, EngineOptions(max_rows=2 * rows))
             stack.callback(engine.close)
+            narrow = Engine(model, EngineOptions(max_rows=rows, branch_precision="bfloat16"))
+            stack.callback(narrow.close)
             engines: dict[str, Vllm] = {}
             folders: Sequence[Path] = ()
             if python is not None:
@@ -128,7 +133,7 @@ class Stage:
                     stack.callback(engines[name].worker.close)
             peft, switching = Peft(model, merged), Peft(model, merged)
             rates = floor.measure_rates()
-            stage = cls(model, source, scene, engine, peft, switching, rates, engines, folders)
+            stage = cls(model, source, scene, engine, narrow, peft, switching, rates, engines, folders)
             stage._stack = stack.pop_all()
         return stage
 
@@ -145,6 +150,7 @@ class Stage:
         plain = scene.tokens.tolist()
         batches: dict[str, Rows] = {
             "ours": OurRows(self.engine, scene.requests(prefix=prefix)),
+            NARROW: OurRows(self.narrow, scene.requests(prefix=prefix)),
             "base": OurRows(self.engine, scene.base_requests()),
             "eager": Eager(Base(self.model), [NO_ADAPTER] * rows, scene.tokens),
             "peft": Eager(self.peft, scene.personas, tokens, vectors, embeddings),
@@ -192,10 +198,11 @@ class Stage:
         """
         scene = self.scene.with_rows(rows)
         with torch.inference_mode():
-            with_prefix = self._replies(self.batches(scene), ("ours", "peft", "switching"))
+            with_prefix = self._replies(self.batches(scene), ("ours", NARROW, "peft", "switching"))
             without = self._replies(self.batches(scene, prefix=False), ("ours", "base", "eager", *VLLM))
         pairs = {
             "ours = peft": (with_prefix["ours"], with_prefix["peft"]),
+            f"{NARROW} = ours": (with_prefix[NARROW], with_prefix["ours"]),
             "switching = peft": (with_prefix["switching"], with_prefix["peft"]),
             "base = eager": (without["base"], without["eager"]),
         }

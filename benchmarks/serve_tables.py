@@ -10,12 +10,12 @@ from benchmarks import floor
 from benchmarks.harness import Bar, Row, number
 from benchmarks.serve_replay import DEVICE_SLOTS, HOST_BLOCKS
 from benchmarks.serve_scene import GROUPS, RANK, SOFT
-from benchmarks.serve_step import Cell
+from benchmarks.serve_step import NARROW, Cell
 from benchmarks.timing import CLAIM, Timing, compare, kept, median_interval
 from benchmarks.traces import TraceConfig
 
 FEW, MANY = 5, 2000
-OVER_BASE = ("base", "eager", "peft", "switching", "vllm", "vllm compiled", "vllm lora")
+OVER_BASE = (NARROW, "base", "eager", "peft", "switching", "vllm", "vllm compiled", "vllm lora")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ TARGETS = (
     Target("peft_over_ours_decode", "decode", "peft", "ours", ">=", 4.0),
     Target("vllm_lora_over_ours_decode", "decode", "vllm lora", "ours", ">=", 1.5),
     Target("prefill_over_base", "prefill", "ours", "base", "<=", 1.15),
+    Target("decode_over_base_bfloat16_adapters", "decode", NARROW, "base", "<=", 1.25),
+    Target("peft_over_ours_decode_bfloat16_adapters", "decode", "peft", NARROW, ">=", 4.0),
+    Target("prefill_over_base_bfloat16_adapters", "prefill", NARROW, "base", "<=", 1.15),
     Target("base_over_vllm_decode", "decode", "base", "vllm", "<=", 1.0),
     Target("base_over_compiled_vllm_decode", "decode", "base", "vllm compiled", "<=", 1.0),
 )
@@ -48,6 +51,7 @@ class Findings:
     agreement: dict[str, float] = field(default_factory=dict)
     continuous: dict[str, Any] = field(default_factory=dict)
     replays: list[tuple[TraceConfig, dict[str, Any]]] = field(default_factory=list)
+    narrow_replays: list[tuple[TraceConfig, dict[str, Any]]] = field(default_factory=list)
     first_token: dict[str, Any] = field(default_factory=dict)
     stall: dict[str, Any] = field(default_factory=dict)
 
@@ -65,7 +69,9 @@ def summarise(found: Findings) -> tuple[dict[str, Bar], dict[str, list[Row]], li
     tables["continuous batching"] = _continuous_rows(found.continuous)
     tables["agreement"] = [{"pair": pair, "rows equal": share} for pair, share in found.agreement.items()]
     tables["trace replay"] = [_replay_row(*pair) for pair in found.replays]
+    tables["trace replay, bfloat16 adapters"] = [_replay_row(*pair) for pair in found.narrow_replays]
     bars |= _replay_bars(found.replays)
+    bars |= {f"{key}_bfloat16_adapters": bar for key, bar in _replay_bars(found.narrow_replays).items()}
     if found.first_token:
         bars["first_token_computed_over_kept"], tables["first token"] = _first_token(found.first_token)
     tables["longest gap between tokens"] = _stall_rows(found.stall)
@@ -107,10 +113,10 @@ def _step_rows(cell: Cell, data: Mapping[str, Any], notes: list[str]) -> list[Ro
     least = floor_over_base(cell, data, _median(timing, "base"))
     rows: list[Row] = []
     names = [name for name in OVER_BASE if name in timing.wall]
-    pairs = [("ours", name) for name in names] + [("base", name) for name in names if name != "base"]
+    pairs = [("ours", name) for name in names if name != NARROW]
+    pairs += [(NARROW, name) for name in ("base", "peft") if {NARROW, name} <= set(names)]
+    pairs += [("base", name) for name in names if name in ("eager", "vllm", "vllm compiled")]
     for above, below in pairs:
-        if above == "base" and below in ("peft", "switching", "vllm lora"):
-            continue
         ratio = compare([timing], above, below)
         rows.append(
             {
@@ -120,7 +126,7 @@ def _step_rows(cell: Cell, data: Mapping[str, Any], notes: list[str]) -> list[Ro
                 "low": ratio.low,
                 "high": ratio.high,
                 "of minima": ratio.of_minima,
-                "floor": least if (above, below) == ("ours", "base") else None,
+                "floor": least if (above, below) == ("ours", "base") else None,  # of float32
                 "times faster": 1 / ratio.median,
             }
         )

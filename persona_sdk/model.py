@@ -285,6 +285,7 @@ class PersonaModel:
             plan=composition.plan,
             seed=seed,
             precision=self.base.precision,
+            branch_precision=self.engine.branch_precision,
             prompt_tokens=composition.prompt,
             citations=composition.passages,
             dropped_turns=composition.dropped_turns,
@@ -294,8 +295,10 @@ class PersonaModel:
             reused_tokens=completion.reused_tokens,
         )
 
-    def _spill(self, shape: KVShape) -> PrefixLibrary:
-        self._prefixes = PrefixLibrary(self.base, self.store, self.adapters, self._composer, shape)
+    def _spill(self, shape: KVShape, branch_precision: str) -> PrefixLibrary:
+        self._prefixes = PrefixLibrary(
+            self.base, self.store, self.adapters, self._composer, shape, branch_precision
+        )
         return self._prefixes
 
     def _forgotten(self, owner: str) -> None:

@@ -49,7 +49,8 @@ class PrefixFacts(FrozenConfig):
     """What the cube of a prefix says in its attributes.
 
     ``chain`` is the hash of its last block boundary and includes the composition; ``lead`` positions of a
-    soft prefix stand before the first of ``length`` tokens.
+    soft prefix stand before the first of ``length`` tokens. ``dtype`` is that of the keys and values,
+    ``branches`` that of the adapters they were computed with.
     """
 
     composition: Digest
@@ -60,6 +61,7 @@ class PrefixFacts(FrozenConfig):
     tokens_sha256: str
     system_sha256: str
     dtype: str
+    branches: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class PrefixLibrary:
         library: the adapters of that store.
         composer: makes the plans.
         shape: what the engine's pool takes; cubes of another precision are not read.
+        branch_precision: of the adapters in the engine; cubes made with another are not read.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class PrefixLibrary:
         library: AdapterLibrary,
         composer: Composer,
         shape: KVShape,
+        branch_precision: str = "float32",
         *,
         block: int = BLOCK,
     ) -> None:
@@ -113,7 +117,7 @@ class PrefixLibrary:
         self._store = store
         self._library = library
         self._composer = composer
-        self._shape = shape
+        self._precision = {"dtype": str(shape.dtype).removeprefix("torch."), "branches": branch_precision}
         self._block = block
         self._known: OrderedDict[str, tuple[object, tuple[Kept, ...]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -229,7 +233,7 @@ class PrefixLibrary:
             length=len(tokens),
             tokens_sha256=_tokens_sha256(tokens),
             system_sha256=hashlib.sha256(system.encode()).hexdigest(),
-            dtype=_name(self._shape.dtype),
+            **self._precision,
         )
         unique = {(source.owner, source.cube_id): source for source in sources}
         return _Stable(composition, tokens, tuple(unique.values()), facts)
@@ -252,9 +256,9 @@ class PrefixLibrary:
 
     def _usable(self, kept: Kept) -> bool:
         # An archive may claim anything, and numbers cannot be compared with tokens: those are not used.
-        return (
-            kept.trusted and kept.facts.block == self._block and kept.facts.dtype == _name(self._shape.dtype)
-        )
+        facts = kept.facts
+        precision = {"dtype": facts.dtype, "branches": facts.branches}
+        return kept.trusted and facts.block == self._block and precision == self._precision
 
     def _live(self, owner: str) -> tuple[Kept, ...]:
         """The prefix cubes of an owner at its newest revision."""
@@ -295,7 +299,3 @@ def _replaced(old: PrefixFacts, new: PrefixFacts) -> bool:
 
 def _tokens_sha256(tokens: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, tokens)).encode()).hexdigest()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -25,7 +25,8 @@ class Reply:
     """One answer, with everything needed to explain it and to produce it again.
 
     ``str(reply)`` is the text. The same prompt tokens, plan, seed and steers give the same tokens if the base
-    weights are float32; in another `precision` the batch a row was in rounds along. ``cached_tokens`` of the
+    weights are float32; in another `precision` the batch a row was in rounds along. Adapters are read in
+    `branch_precision`. ``cached_tokens`` of the
     prompt came from kept keys and values. ``reused_tokens`` of it have those of a memory that was computed
     apart, which an engine does only when told to (`EngineOptions.block_reuse`). With any, the tokens are
     those of an approximation: an engine with other options gives others.
@@ -39,6 +40,7 @@ class Reply:
     plan: CompositionPlan
     seed: int
     precision: str
+    branch_precision: str
     prompt_tokens: tuple[int, ...] = field(repr=False)
     citations: tuple[Passage, ...] = ()
     dropped_turns: int = 0
@@ -226,7 +228,10 @@ class Explanation:
         options = reply.plan.options
         how = f"sampled, seed {reply.seed}" if options.do_sample else "greedy"
         rows.append(("decoding", f"{how}, at most {options.max_new_tokens} tokens"))
-        rows.append(("precision", reply.precision))
+        precision = reply.precision
+        if reply.plan.low_rank and reply.branch_precision != precision:
+            precision += f", adapters in {reply.branch_precision}"
+        rows.append(("precision", precision))
         rows.append(("plan", reply.plan_id[:16]))
         return rows
 

@@ -344,6 +344,7 @@ class TestReuse:
         args = (model.base, model.store, model.adapters, model._composer)
         for library, block in [
             (PrefixLibrary(*args, replace(SHAPE, dtype=torch.bfloat16)), 16),
+            (PrefixLibrary(*args, SHAPE, "bfloat16"), 16),
             (PrefixLibrary(*args, SHAPE, block=8), 8),
         ]:
             cache = PrefixCache(1 << 24, block=block, spill=library)

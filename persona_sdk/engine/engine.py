@@ -59,7 +59,7 @@ class Engine:
         model: the base model. `close` leaves it as it was found.
         options: rows, tokens per step and memory budgets.
         spill: makes what is asked for prefixes that are not in memory (`prefix.cache.Spill`), given the shape
-            of this model's keys and values.
+            of this model's keys and values and the precision of adapters.
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset(
@@ -76,6 +76,7 @@ class Engine:
         self.model = model
         self.options = options or EngineOptions()
         self._spill = spill
+        self.branch_precision = ""  # of adapters; known when the loop is
         # There from the start, so that nothing is forgotten while the rest is being built.
         self._prefixes = PrefixCache(self.options.prefix_bytes)
         reused = self.options.block_reuse is not None
@@ -331,6 +332,7 @@ class Engine:
             except BaseException:
                 forward.close()
                 raise
+            self.branch_precision = self._loop.table.branch_precision
         return self._loop
 
     def _steps(self, generations: Sequence[Generation]) -> Iterator[Step]:

@@ -34,7 +34,7 @@ from persona_sdk.plan import KVPrefix
 
 logger = logging.getLogger("persona_sdk.engine")
 
-SpillFactory = Callable[[KVShape], Spill]
+SpillFactory = Callable[[KVShape, str], Spill]
 
 
 class Loop:
@@ -53,7 +53,7 @@ class Loop:
         self.table = RowTable(model, forward, options, prefixes, blocks)
         self.graphs = decode_graphs(forward, self.table.pool, self.table.patches, model.device, options)
         shape = self.table.kv_shape
-        prefixes.serve(shape, spill(shape) if spill and shape else None)
+        prefixes.serve(shape, spill(shape, self.table.branch_precision) if spill and shape else None)
         self._queue = Queue(ScheduleOptions(prefill_tokens=options.prefill_tokens, max_wait=options.max_wait))
         self._waiting: dict[int, Generation] = {}
         self._end_tokens = end_tokens(model)

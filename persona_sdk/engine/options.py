@@ -38,6 +38,11 @@ class EngineOptions(FrozenConfig):
     kernel: Literal["auto", "indexed", "dense", "batched", "segments", "triton"] = Field(
         "auto", description="of the low-rank branch; auto takes the cheapest by this machine's measured costs"
     )
+    branch_precision: Literal["auto", "fastest", "float32", "bfloat16"] = Field(
+        "auto",
+        description="in which adapters are kept and read. fastest: as measured on this machine; auto: "
+        "float32 beside a float32 base, else fastest. See docs/precision.md",
+    )
     graphs: bool = Field(
         True,
         description="on CUDA, run decode steps as CUDA graphs: those of rows without adapters, and with "

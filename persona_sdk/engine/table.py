@@ -47,6 +47,7 @@ class RowTable:
         prefixes: kept prompt beginnings.
         blocks: kept memory blocks; None if they are not reused, or cannot be on this model.
         kv_shape: what the pool takes; None if layers differ.
+        branch_precision: of adapters, by name.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class RowTable:
         self.pool = TokenPool(
             forward.layers, device=model.device, dtype=forward.cache_dtype, budget_bytes=options.kv_bytes
         )
-        dtype = branch_dtype(model.device, model.dtype, calibrate=options.calibrate)
+        dtype = branch_dtype(model.device, model.dtype, options.branch_precision, calibrate=options.calibrate)
+        self.branch_precision = str(dtype).removeprefix("torch.")
         self.tiers = AdapterTiers(forward.sites, device=model.device, dtype=dtype, options=options.tiers())
         kernel = None if options.kernel == "auto" else options.kernel
         self.patches = PatchTable(calibrate=options.calibrate, kernel=kernel)

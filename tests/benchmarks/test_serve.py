@@ -17,6 +17,7 @@ MILLISECONDS = {
     "ours": 12.0,
     "base": 10.0,
     "eager": 16.0,
+    "ours bfloat16": 11.0,
     "peft": 60.0,
     "switching": 90.0,
     "vllm": 11.0,
@@ -60,6 +61,8 @@ def test_bars_follow_from_the_times():
     expected = {
         "decode_over_base": (1.2, True),
         "peft_over_ours_decode": (5.0, True),
+        "decode_over_base_bfloat16_adapters": (1.1, True),
+        "peft_over_ours_decode_bfloat16_adapters": (60 / 11, True),
         "vllm_lora_over_ours_decode": (2.0, True),
         "prefill_over_base": (1.2, False),
         "base_over_vllm_decode": (10 / 11, True),
@@ -106,7 +109,8 @@ def test_the_fall_of_throughput_is_paired_by_draw_and_leaves_bursts_out():
         replayed(2000, 1.0, cv=4.0),
         replayed(5, 10.0, law="uniform"),
     ]
-    bars, tables, _ = summarise(Findings(replays=replays))
+    bars, tables, _ = summarise(Findings(replays=replays, narrow_replays=replays[:2]))
+    assert bars.pop("throughput_fall_zipf_bfloat16_adapters").value == pytest.approx(0.05)
     assert set(bars) == {"throughput_fall_zipf"}
     assert bars["throughput_fall_zipf"].value == pytest.approx(0.1)
     assert len(tables["trace replay"]) == len(replays)
@@ -191,7 +195,7 @@ def stage(tiny):
 
 def test_contenders_agree(stage):
     shares = stage.check(6)
-    assert set(shares) == {"ours = peft", "switching = peft", "base = eager"}
+    assert set(shares) == {"ours = peft", "ours bfloat16 = ours", "switching = peft", "base = eager"}
     assert min(shares.values()) == 1.0
 
 

@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_sdk.engine import Engine, table
+from persona_sdk.engine import Engine, EngineOptions, table
 from persona_sdk.engine.compiled import compiled
 from persona_sdk.engine.forward.attention import decode_attention
 from persona_sdk.engine.forward.norms import rms_norm
-from persona_sdk.engine.low_rank import indexed_bfloat16
+from persona_sdk.engine.low_rank import indexed
 from persona_sdk.engine.low_rank.rows import PatchTable
 from persona_sdk.engine.stored import numbers, rounded, widened
 from persona_sdk.models import LanguageModel
+from persona_sdk.tensors import freeze
 
 from .low_rank_support import SITES, World, added
 from .support import patch, random_factors, request
@@ -110,7 +111,7 @@ def inputs_of(tokens, seed=0):
     return [(x.bfloat16(), y.bfloat16()) for x, y in WORLD.inputs(tokens, seed=seed)]
 
 
-@pytest.mark.parametrize("kernel", ["batched", "segments"])
+@pytest.mark.parametrize("kernel", ["indexed", "batched", "segments"])
 @settings(max_examples=30, deadline=None)
 @given(rows=rows_of_patches, data=st.data())
 def test_a_kernel_is_the_dense_formula(kernel, rows, data):
@@ -124,38 +125,32 @@ def test_a_kernel_is_the_dense_formula(kernel, rows, data):
         np.testing.assert_allclose(found.double().numpy(), expected, rtol=2 * EPSILON, atol=EPSILON * size)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "length", "name"),
-    [("batched", 1, "IndexedBfloat16"), ("segments", 1, "Segments"), ("batched", 16, "Batched")],
-)
-def test_the_kernels_for_bfloat16_run_where_they_are_meant_to(kernel, length, name):
-    batch = batch_of([[WORLD.patch(0, 1, (1.0,))], [WORLD.patch(0, 2, (1.0,))]], [length, length], kernel)
-    assert {type(part).__name__ for parts in batch._parts.values() for part in parts} == {name}
+def parts_of(kernel):
+    batch = batch_of([[WORLD.patch(0, 1, (1.0,))], [WORLD.patch(0, 2, (1.0,))]], [1, 1], kernel)
+    return {part for parts in batch._parts.values() for part in parts}
 
 
-def test_products_of_prompts_are_float32():
-    batch = batch_of([[WORLD.patch(0, 1, (1.0,))]], [4], "segments")
-    assert {batch._dtypes[part] for parts in batch._parts.values() for part in parts} == {torch.float32}
+def test_sums_are_float32_where_the_kernel_can():
+    assert {part.dtype for kernel in ("indexed", "segments") for part in parts_of(kernel)} == {torch.float32}
 
 
 def test_without_numba_torch_does_the_work(monkeypatch):
-    monkeypatch.setattr(indexed_bfloat16, "kernel", lambda: None)
-    batch = batch_of([[WORLD.patch(0, 1, (1.0,))], [WORLD.patch(0, 2, (1.0,))]], [1, 1], "batched")
-    assert {type(part).__name__ for parts in batch._parts.values() for part in parts} == {"Batched"}
+    monkeypatch.setattr(indexed, "kernel", lambda *_: None)
+    assert {type(part).__name__ for part in parts_of("indexed")} == {"Batched"}
 
 
 @settings(max_examples=30, deadline=None)
 @given(rows=rows_of_patches)
 def test_a_row_of_a_decode_step_is_bit_for_bit_what_it_is_alone(rows):
     inputs = inputs_of(len(rows))
-    together = run(rows, [1] * len(rows), "batched", inputs)
+    together = run(rows, [1] * len(rows), "indexed", inputs)
     for number, row in enumerate(rows):
         one = slice(number, number + 1)
-        alone = run([row], [1], "batched", [(x[one], y[one]) for x, y in inputs])
+        alone = run([row], [1], "indexed", [(x[one], y[one]) for x, y in inputs])
         assert all(torch.equal(a, b[one]) for a, b in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("kernel", ["batched", "segments"])
+@pytest.mark.parametrize("kernel", ["indexed", "batched", "segments"])
 def test_nan_in_a_factor_stays_with_its_row_and_gates_of_zero_read_nothing(kernel):
     world = World(torch.bfloat16)
     layout, data = world.arenas[0].layout, world.arenas[0].data
@@ -194,8 +189,11 @@ def engines(request, tiny, half, monkeypatch):
         yield wide, narrow
 
 
-def personas(model, count, length=20):
-    factors = [random_factors(model, seed) for seed in range(count)]
+def personas(model, count, length=20, stored=torch.float32):
+    factors = [
+        freeze({name: t.to(stored).float() for name, t in random_factors(model, seed).items()})
+        for seed in range(count)
+    ]
     return [
         request(
             model,
@@ -231,3 +229,21 @@ def test_rows_generate_tokens_from_keys_and_values_in_bfloat16(engines, tiny):
         assert len(completion.tokens) > 1
     with narrow.reserved(rows) as (loop, _):
         assert loop.table.pool.dtype == torch.bfloat16
+
+
+def test_adapters_may_be_bfloat16_beside_a_float32_base(tiny):
+    options = EngineOptions(branch_precision="bfloat16")
+    with Engine(tiny) as wide, Engine(tiny, options) as mixed:
+        rows = personas(tiny, 5)
+        together = mixed.logits(rows)
+        assert mixed.branch_precision == "bfloat16"
+        for row, expected, found in zip(rows, wide.logits(rows), together, strict=True):
+            assert 0 < float((found - expected).abs().max() / expected.abs().max()) < 0.01
+            [alone] = mixed.logits([row])  # in float32 sums, a row is the row alone
+            assert torch.equal(found.argmax(-1), alone.argmax(-1))
+        alone = [mixed.generate([row])[0].tokens for row in rows]
+        assert [completion.tokens for completion in mixed.generate(rows)] == alone
+        # Factors that bfloat16 holds exactly lose nothing.
+        exact = personas(tiny, 5, stored=torch.bfloat16)
+        for expected, found in zip(wide.logits(exact), mixed.logits(exact), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

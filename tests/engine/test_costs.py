@@ -200,3 +200,6 @@ def test_this_machine_can_be_measured(tmp_path, monkeypatch):
     assert CostModel.from_json(model.to_json()) == replace(model, complete=True)
     assert calibration.branch_dtype(CPU, torch.float32) == torch.float32
     assert calibration.branch_dtype(CPU, torch.bfloat16) in (torch.float32, torch.bfloat16)
+    assert calibration.branch_dtype(CPU, torch.float32, "bfloat16") == torch.bfloat16
+    fastest = {calibration.branch_dtype(CPU, base, "fastest") for base in (torch.float32, torch.bfloat16)}
+    assert fastest == {calibration.branch_dtype(CPU, torch.bfloat16)}

@@ -95,12 +95,17 @@ def cost_model(device: torch.device, *, calibrate: bool = True) -> CostModel:
     return _kept(device, torch.get_num_threads(), files.cache_dir() / "kernels")
 
 
-def branch_dtype(device: torch.device, base: torch.dtype, *, calibrate: bool = True) -> torch.dtype:
-    """The precision of factors beside a base model: float32 on CPUs unless bfloat16 was measured faster."""
+def branch_dtype(
+    device: torch.device, base: torch.dtype, wanted: str = "auto", *, calibrate: bool = True
+) -> torch.dtype:
+    """The precision of factors beside a base model; `wanted` as in `EngineOptions.branch_precision`."""
+    if wanted in PRECISIONS:
+        return PRECISIONS[wanted]
     if device.type != "cpu":
         return base
-    precision = cost_model(device, calibrate=calibrate).branch_precision
-    return PRECISIONS[precision] if base == torch.bfloat16 else torch.float32
+    if wanted == "auto" and base != torch.bfloat16:
+        return torch.float32
+    return PRECISIONS[cost_model(device, calibrate=calibrate).branch_precision]
 
 
 def measured(device: torch.device) -> CostModel:

@@ -30,10 +30,11 @@ from persona_sdk.engine.low_rank.lanes import Lane, SiteFactors
 class Part(Protocol):
     """Some lanes of a batch, bound to the kernel that adds them."""
 
-    contiguous: bool
+    contiguous: bool  # whether `x` and `y` must be
+    dtype: torch.dtype  # of `x` and `y`
 
     def add(self, site: int, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens width"]) -> None:
-        """Add the branches at a patched site. `x` and `y` have the precision of the factors."""
+        """Add the branches at a patched site."""
         ...
 
 
@@ -78,6 +79,7 @@ class Dense:
     contiguous = False
 
     def __init__(self, lane: Lane, device: torch.device) -> None:
+        self.dtype = lane.data.dtype
         self._factors, self._blocks = lane.factors.sites, _Blocks(lane, device)
         tokens = np.flatnonzero(lane.token_slots >= 0)
         gates = np.zeros((self._blocks.count, len(lane.token_slots), 1, lane.factors.rank), np.float32)
@@ -99,6 +101,7 @@ class Batched:
     contiguous = False
 
     def __init__(self, lane: Lane, device: torch.device) -> None:
+        self.dtype = lane.data.dtype
         self._factors, self._blocks = lane.factors.sites, _Blocks(lane, device)
         count, longest, rank = self._blocks.count, lane.shape.longest, lane.factors.rank
         tokens = np.flatnonzero(lane.token_slots >= 0)
@@ -139,13 +142,15 @@ class Segments:
     """See the module's docstring. Shrinks as ``A x^T``: with few rank directions nearly twice as fast as
     ``x A^T`` in the CPU's matrix library.
 
-    Factors less precise than `x` are widened site by site. On CPUs the products are too thin for bfloat16:
-    with 8 rank directions and 64 tokens oneDNN takes 20 us for what float32 does in 5 (a Xeon with AMX).
+    On CPUs the products are too thin for bfloat16, so its factors are widened site by site: with 8 rank
+    directions and 64 tokens oneDNN takes 20 us for what float32 does in 5 (a Xeon with AMX).
     """
 
     contiguous = False
 
     def __init__(self, lane: Lane, device: torch.device) -> None:
+        narrow = lane.data.dtype == torch.bfloat16 and device.type == "cpu"
+        self.dtype = torch.float32 if narrow else lane.data.dtype
         self._factors, self._rank = lane.factors.sites, lane.factors.rank
         gates = torch.from_numpy(lane.token_gates.T.copy()).to(device)
         self._runs = [

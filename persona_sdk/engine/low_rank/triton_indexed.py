@@ -60,8 +60,9 @@ class TritonIndexed:
 
     def __init__(self, lanes: Sequence[Lane] | LaneBuffers, device: torch.device | None = None) -> None:
         if isinstance(lanes, LaneBuffers):
-            self.buffers = lanes
+            self.buffers, self.dtype = lanes, lanes.data.dtype
             return
+        self.dtype = lanes[0].data.dtype
         lengths = lanes[0].lengths
         self.buffers = LaneBuffers(
             lanes[0].factors,
