@@ -14,7 +14,7 @@ if __name__ != "persona_sdk.memory":
         "Import this package as persona_sdk.memory; 'memory' would be a second copy of every class."
     )
 
-from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Source, TextEncoder
+from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Origin, Source, TextEncoder
 from persona_sdk.memory.index import VectorIndex
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.retrieval import Passage, Retriever
@@ -26,6 +26,7 @@ __all__ = [
     "CubeHeader",
     "MemCube",
     "MemoryStore",
+    "Origin",
     "Passage",
     "PersonaRecord",
     "Receipt",

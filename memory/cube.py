@@ -5,11 +5,16 @@
     activation   tensors: KV caches, user embeddings, soft prompts
     parametric   tensors: adapter weights, one-step updates
 
-A caller hands a `CubeDraft` to the store; the store answers with an id. Cubes never change. Text and
-attributes are data only: nothing in this package interprets them.
+A caller hands a `CubeDraft` to the store; the store answers with an id. Cubes never change: what does change,
+their state of life, use and grants, is kept beside them. Text and attributes are data only: nothing in this
+package interprets them.
 
 ``sources`` is provenance: the cubes this one was computed from, each with the hash its content had. It is
-what makes forgetting reach everything derived from a cube, whoever owns it.
+what makes forgetting reach everything derived from a cube, whoever owns it. ``parents`` are the earlier
+versions of the same statement, which are forgotten with it.
+
+Two times are kept apart. A cube is *recorded* from the revision that adds it to the one that retires it, and
+its statement is *valid* in the world from ``valid_from`` to before ``valid_to``.
 """
 
 import hashlib
@@ -29,7 +34,7 @@ from typing import (
 
 import torch
 from jaxtyping import Float, Float32
-from pydantic import AfterValidator, AwareDatetime, Field, JsonValue, field_validator
+from pydantic import AfterValidator, AwareDatetime, Field, JsonValue, field_validator, model_validator
 from torch import Tensor
 
 from persona_sdk.config import FrozenConfig
@@ -37,8 +42,11 @@ from persona_sdk.errors import InvalidInputError
 from persona_sdk.tensors import Digest, TensorBundle
 
 Kind: TypeAlias = Literal["plaintext", "activation", "parametric"]
-Trust: TypeAlias = Literal["user", "assistant", "tool", "import", "system"]
+Trust: TypeAlias = Literal["system", "confirmed", "user", "assistant", "tool", "import", "web"]
+State: TypeAlias = Literal["generated", "activated", "merged", "archived", "frozen"]
+Sensitivity: TypeAlias = Literal["normal", "personal", "special"]
 KINDS: tuple[str, ...] = get_args(Kind)
+TRUST_ORDER: tuple[str, ...] = get_args(Trust)  # most trusted first
 
 
 def utc_now() -> datetime:
@@ -80,6 +88,15 @@ class Source(FrozenConfig):
         return cls(owner=cube.owner, cube_id=cube.id, sha256=cube.sha256)
 
 
+class Origin(FrozenConfig):
+    """Where a cube came from: the kind of thing, its name there, and the model that wrote it, if one did."""
+
+    kind: Literal["application", "turn", "reply", "tool", "file", "web", "import", "derived"] = "application"
+    reference: str = Field("", max_length=256, description="message id, file name, address, method, ...")
+    session: str = Field("", max_length=256, description="the conversation it belongs to")
+    model: str = Field("", max_length=256, description="fingerprint of the model that wrote it")
+
+
 class CubeHeader(FrozenConfig):
     """What is known about a cube besides its payload. ``attributes`` belong to whoever wrote the cube."""
 
@@ -89,7 +106,20 @@ class CubeHeader(FrozenConfig):
     )
     tags: tuple[str, ...] = ()
     trust: Trust = "user"
+    origin: Origin = Field(default_factory=Origin)
     sources: tuple[Source, ...] = ()
+    parents: tuple[str, ...] = Field((), description="ids of earlier versions, of the same owner")
+    slot: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9_.]{0,127}\z",
+        description="the attribute it states, as lives_in; one current value per slot",
+    )
+    valid_from: UtcTime | None = Field(None, description="since when it is so; None: for ever")
+    valid_to: UtcTime | None = Field(None, description="until before when; None: still")
+    sensitivity: Sensitivity = "normal"
+    priority: int = Field(0, ge=-100, le=100)
+    licence: str = Field("", max_length=256)
+    half_life_days: float | None = Field(None, gt=0, description="of its weight in recall; None: by type")
     attributes: dict[str, JsonValue] = Field(default_factory=dict)
     created_at: UtcTime = Field(default_factory=utc_now)
     expires_at: UtcTime | None = None
@@ -101,16 +131,29 @@ class CubeHeader(FrozenConfig):
         copy: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
         return copy
 
+    @model_validator(mode="after")
+    def _begins_before_it_ends(self) -> Self:
+        if self.valid_from and self.valid_to and self.valid_from > self.valid_to:
+            raise ValueError("valid_from is after valid_to")
+        return self
+
     def expired(self, now: datetime) -> bool:
         """Whether the cube's time has passed."""
         return self.expires_at is not None and self.expires_at <= now
+
+    def valid(self, moment: datetime) -> bool:
+        """Whether the statement holds at a time in the world."""
+        return (self.valid_from is None or self.valid_from <= moment) and (
+            self.valid_to is None or moment < self.valid_to
+        )
 
 
 @dataclass(frozen=True)
 class MemCube:
     """One stored memory. ``revision`` is the one that first added it; ``blob`` names its tensors.
 
-    ``text`` is None for every kind but plaintext.
+    ``text`` is None for every kind but plaintext. ``state`` is that of `persona_sdk.memory.lifecycle` when
+    it was read.
     """
 
     id: str
@@ -120,6 +163,7 @@ class MemCube:
     blob: Digest | None
     header: CubeHeader
     revision: int
+    state: State = "generated"
 
     @property
     def sha256(self) -> str:

@@ -26,16 +26,23 @@ from persona_sdk.memory import revisions
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
-from persona_sdk.memory.rows import CHUNK
+from persona_sdk.memory.rows import CHUNK, lookup
 from persona_sdk.memory.schema import (
     cubes,
     erasures,
+    events,
+    grants,
     group_memberships,
+    keys,
     memberships,
+    pending,
     personas,
+    snapshots,
     sources,
+    states,
     to_column,
     tombstones,
+    uses,
     vectors,
 )
 from persona_sdk.memory.schema import revisions as revision_rows
@@ -66,7 +73,7 @@ def forget(store: StoreReader, owner: str, ids: Sequence[str]) -> Receipt:
             )
         if not ids:
             raise NotFoundError("No cube to forget was named.", hint="Nothing was erased.")
-        return list(ids)
+        return _with_parents(connection, owner, ids)
 
     return _erase(store, owner, chosen, everything=False)
 
@@ -117,6 +124,17 @@ def _erase(
         bytes=tally.bytes + sum(deleted.values()),
         scrubbed=store.scrub() and complete,
     ).sealed()
+
+
+def _with_parents(connection: Connection, owner: str, ids: Sequence[str]) -> list[str]:
+    """The cubes and all earlier versions of them that are still there."""
+    found: dict[str, None] = {}
+    todo = list(ids)
+    while todo:
+        cubes_then = lookup(connection, owner, todo)
+        found |= dict.fromkeys(cubes_then)
+        todo = [name for cube in cubes_then.values() for name in cube.header.parents if name not in found]
+    return list(found)
 
 
 def _with_derived(connection: Connection, start: Iterable[_CubeKey]) -> dict[str, list[str]]:
@@ -194,7 +212,7 @@ def _delete_cubes(connection: Connection, owner: str, ids: Sequence[str], tally:
     for part in _chunks(ids):
         mine = (cubes.c.owner == owner) & cubes.c.id.in_(part)
         tally.bytes += connection.execute(select(size).where(mine)).scalar_one()
-        for table in (memberships, sources, vectors):
+        for table in (memberships, sources, vectors, states, uses, grants, pending):
             hanging = (table.c.owner == owner) & table.c.cube_id.in_(part)
             if table is vectors:
                 lengths = select(func.coalesce(func.sum(func.length(vectors.c.data)), 0)).where(hanging)
@@ -211,7 +229,7 @@ def _remove_persona(
     """Delete every row of a persona and leave counts under the hash of its id."""
     _delete_cubes(connection, owner, ids, tally)
     count = connection.execute(select(func.count()).where(revision_rows.c.owner == owner)).scalar_one()
-    for table in (tombstones, group_memberships, revision_rows, personas):
+    for table in (tombstones, group_memberships, snapshots, events, keys, revision_rows, personas):
         tally.rows += connection.execute(delete(table).where(table.c.owner == owner)).rowcount
     # Whoever makes a group of this name later must not find the old members in it.
     members = group_memberships.c.group_id == owner

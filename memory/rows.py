@@ -10,30 +10,39 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32
-from sqlalchemy import Connection, Select, func, insert, select
+from sqlalchemy import Connection, Select, Table, func, insert, select
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError, NotFoundError
-from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Source, check_vector
-from persona_sdk.memory.schema import cubes, live_at, memberships, sources, vectors
+from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Source, State, check_vector
+from persona_sdk.memory.schema import cubes, live_at, memberships, sources, states, to_column, vectors
 from persona_sdk.tensors import Digest
 
+FIRST: State = "generated"  # of a cube that has no row in `states`
 CHUNK = 500  # ids in one statement; SQLite limits the parameters of a statement
 
 
 def to_cube(row: Any) -> MemCube:
     """The cube in a row of the ``cubes`` table."""
     header = CubeHeader.model_validate_json(row.header)
-    return MemCube(row.id, row.owner, row.kind, row.text, row.blob, header, row.revision)
+    state = row.state or FIRST
+    return MemCube(row.id, row.owner, row.kind, row.text, row.blob, header, row.revision, state)
+
+
+def select_cubes(*, join: Table | None = None) -> Select[Any]:
+    """All columns of cubes, with their state; `join` is another table that hangs on them."""
+    same = (states.c.owner == cubes.c.owner) & (states.c.cube_id == cubes.c.id)
+    tables = cubes.outerjoin(states, same) if join is None else cubes.join(join).outerjoin(states, same)
+    return select(cubes, states.c.state).select_from(tables)
 
 
 def read_cubes(
     connection: Connection, owner: str, *, revision: int | None = None, kind: str | None = None
 ) -> list[MemCube]:
     """Cubes live at a revision, or all there ever were and were not forgotten, oldest first."""
-    query = select(cubes).where(cubes.c.owner == owner)
+    query = select_cubes(join=None if revision is None else memberships).where(cubes.c.owner == owner)
     if revision is not None:
-        query = query.join(memberships).where(live_at(memberships, owner, revision))
+        query = query.where(live_at(memberships, owner, revision))
     if kind is not None:
         query = query.where(cubes.c.kind == kind)
     return [to_cube(row) for row in connection.execute(query.order_by(cubes.c.seq))]
@@ -43,7 +52,7 @@ def lookup(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, 
     """The owner's cubes among `ids`, live or not; what is not there is left out."""
     found: dict[str, MemCube] = {}
     for start in range(0, len(ids), CHUNK):
-        query = select(cubes).where(cubes.c.owner == owner, cubes.c.id.in_(ids[start : start + CHUNK]))
+        query = select_cubes().where(cubes.c.owner == owner, cubes.c.id.in_(ids[start : start + CHUNK]))
         found |= {row.id: to_cube(row) for row in connection.execute(query)}
     return {cube_id: found[cube_id] for cube_id in ids if cube_id in found}
 
@@ -59,6 +68,10 @@ def insert_cube(
     """Write a draft as a cube of revision `number`; return its id. Opens no interval."""
     name = cube_id or uuid.uuid4().hex
     values = {"id": name, "kind": draft.kind, "text": draft.text, "blob": blob, "revision": number}
+    values |= {"slot": draft.header.slot}
+    for moment in ("valid_from", "valid_to", "expires_at"):
+        found = getattr(draft.header, moment)
+        values[moment] = None if found is None else to_column(found)
     header = draft.header.model_dump_json()
     require_readable(header)
     connection.execute(insert(cubes).values(owner=owner, header=header, **values))
@@ -167,7 +180,7 @@ def _live_vectors(
 def without_vector(connection: Connection, owner: str, encoder: str) -> list[MemCube]:
     """Plaintext cubes, live or not, that have no vector of this encoder, oldest first."""
     embedded = select(vectors.c.cube_id).where(vectors.c.owner == owner, vectors.c.encoder == encoder)
-    query = select(cubes).where(
+    query = select_cubes().where(
         cubes.c.owner == owner, cubes.c.kind == "plaintext", cubes.c.id.not_in(embedded)
     )
     return [to_cube(row) for row in connection.execute(query.order_by(cubes.c.seq))]

@@ -7,10 +7,19 @@
     group_memberships   the same for the groups a persona belongs to
     sources             provenance, kept apart from the header so that forgetting can follow it
     vectors             derived: embeddings by encoder; ``seq`` is never reused
+    moves               the legal moves between states of life; the same for everybody
+    states              the state of a cube that has left the first one
+    uses                how often and when a cube was used
+    grants              who else may do what with a cube
+    snapshots           names for revisions
+    pending             cubes that wait for a task, as turns for enrichment
+    events              the audit log: one chain of hashes per owner
+    keys                wrapped data keys, of encrypted stores
     tombstones          what is left of a forgotten cube: id, time and the intervals it was live in
     erasures            what is left of a forgotten persona: counts. Its ``owner`` is the id's SHA-256
 
 A membership is live at revision n when ``from_revision <= n`` and (``to_revision`` is NULL or ``> n``).
+``slot``, ``valid_from``, ``valid_to`` and ``expires_at`` of a cube repeat its header, to be searched by.
 The tables are created by `migrations`; a test keeps both descriptions equal.
 """
 
@@ -20,6 +29,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     ColumnElement,
+    Float,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -72,6 +82,10 @@ cubes = Table(
     Column("blob", String),
     Column("header", Text, nullable=False),
     Column("revision", Integer, nullable=False),
+    Column("slot", String),
+    Column("valid_from", String),
+    Column("valid_to", String),
+    Column("expires_at", String),
     UniqueConstraint("owner", "id", name="cube_of_owner"),
     CheckConstraint("kind in ('plaintext', 'activation', 'parametric')", name="cube_kind"),
     Index("cubes_by_id", "id"),
@@ -126,6 +140,98 @@ vectors = Table(
     sqlite_autoincrement=True,
 )
 
+moves = Table(
+    "moves",
+    metadata,
+    Column("owner", String, primary_key=True),  # always "*"
+    Column("before", String, primary_key=True),
+    Column("state", String, primary_key=True),
+)
+
+states = Table(
+    "states",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("cube_id", String, primary_key=True),
+    Column("everybody", String, nullable=False, server_default="*"),
+    Column("before", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("since", String, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("legal_basis", Text),
+    _of_cube(),
+    ForeignKeyConstraint(["everybody", "before", "state"], ["moves.owner", "moves.before", "moves.state"]),
+)
+
+uses = Table(
+    "uses",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("cube_id", String, primary_key=True),
+    Column("hits", Integer, nullable=False),
+    Column("strength", Float, nullable=False),
+    Column("last_used", String, nullable=False),
+    _of_cube(),
+)
+
+grants = Table(
+    "grants",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("cube_id", String, primary_key=True),
+    Column("principal", String, primary_key=True),
+    Column("right", String, nullable=False),
+    Column("at", String, nullable=False),
+    _of_cube(),
+    CheckConstraint("\"right\" in ('read', 'write')", name="grant_right"),
+    Index("grants_by_principal", "principal"),
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("revision", Integer, nullable=False),
+    Column("at", String, nullable=False),
+)
+
+pending = Table(
+    "pending",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("cube_id", String, nullable=False),
+    Column("task", String, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    _of_cube(),
+    UniqueConstraint("owner", "cube_id", "task", name="pending_task"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("seq", Integer, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("at", String, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("details", Text, nullable=False),
+    Column("previous", String, nullable=False),
+    Column("hash", String, nullable=False),
+    UniqueConstraint("owner", "number", name="event_of_owner"),
+    sqlite_autoincrement=True,
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("wrapped", LargeBinary, nullable=False),
+    Column("created_at", String, nullable=False),
+)
+
 tombstones = Table(
     "tombstones",
     metadata,
@@ -135,6 +241,7 @@ tombstones = Table(
     Column("at", String, nullable=False),
     Column("from_revision", Integer, nullable=False),
     Column("to_revision", Integer, nullable=False),
+    Column("reason", String, nullable=False, server_default="forgotten"),
     Index("tombstones_of_owner", "owner"),
 )
 

@@ -240,3 +240,18 @@ def test_bytes_are_bytes(store: MemoryStore) -> None:
     (plain,) = store.commit("alice", add=[CubeDraft.of("e" * 100)]).added
     (accents,) = store.commit("alice", add=[CubeDraft.of("é" * 100)]).added
     assert store.forget("alice", [accents]).bytes == store.forget("alice", [plain]).bytes + 100
+
+
+def test_earlier_versions_are_forgotten_with_the_newest(store: MemoryStore) -> None:
+    (first,) = store.commit("alice", add=[CubeDraft.of("lives in Paris")]).added
+    (second,) = store.commit(
+        "alice", add=[CubeDraft.of("lives in Lyon", parents=(first,))], retire=[first]
+    ).added
+    (other,) = store.commit("alice", add=[CubeDraft.of("likes tea")]).added
+    assert store.forget("alice", [first]).cube_ids == (first,)  # a later version is another statement
+    assert {cube.id for cube in store.all_cubes("alice")} == {second, other}
+    (third,) = store.commit(
+        "alice", add=[CubeDraft.of("lives in Nice", parents=(second, first))], retire=[second]
+    ).added
+    assert set(store.forget("alice", [third]).cube_ids) == {second, third}
+    assert [cube.id for cube in store.all_cubes("alice")] == [other]

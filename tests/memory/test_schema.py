@@ -17,8 +17,8 @@ SECOND = """
 from alembic import op
 import sqlalchemy as sa
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 def upgrade() -> None:
     op.add_column("cubes", sa.Column("mood", sa.String(), server_default="calm"))
@@ -30,7 +30,7 @@ def newer_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str = "pas
     """Make the package believe in one more migration."""
     folder = tmp_path / "migrations"
     shutil.copytree(database.MIGRATIONS, folder)
-    (folder / "versions" / "0002_mood.py").write_text(SECOND.format(then=then))
+    (folder / "versions" / "0003_mood.py").write_text(SECOND.format(then=then))
     monkeypatch.setattr(database, "MIGRATIONS", folder)
 
 
@@ -63,7 +63,7 @@ def test_an_older_store_is_copied_then_migrated(
     with MemoryStore.open(folder) as store:
         assert store.get("alice", cube_id).text == "old text"
     assert "mood" in columns(folder / "personas.db")
-    backup = folder / "personas.db.before-0001.bak"
+    backup = folder / "personas.db.before-0002.bak"
     assert "mood" not in columns(backup)
     with closing(sqlite3.connect(backup)) as raw:
         assert raw.execute("SELECT text FROM cubes").fetchall() == [("old text",)]
