@@ -14,6 +14,8 @@ from persona_sdk.models import LanguageModel
 from persona_sdk.precision import PhaseSeconds, PrecisionTimes
 from persona_sdk.testing import tiny_language_model
 
+from .support import FAST, lora
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SLOWER = PrecisionTimes(PhaseSeconds(1.0, 1.0), PhaseSeconds(2.0, 2.0))
 FASTER = PrecisionTimes(PhaseSeconds(2.0, 4.0), PhaseSeconds(1.0, 1.0))
@@ -146,3 +148,18 @@ def test_a_model_that_is_loaded_already_is_not_asked_to_be_otherwise(tmp_path, a
     with pytest.raises(InvalidInputError, match="is loaded already, as float32 on cpu"):
         PersonaModel.from_pretrained(tiny_language_model(), store=tmp_path / "store", **asked)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_reply_says_in_which_precision_its_adapters_were_read(tmp_path, tiny, hash_embedder):
+    options = {"store": tmp_path, "embedder": hash_embedder}
+    said = {}
+    for precision in ("auto", "bfloat16"):
+        engine = {"branch_precision": precision}
+        with PersonaModel.from_pretrained(tiny, **options, engine=engine) as model:
+            alice = model.persona("alice")
+            if not alice.attachments():
+                alice.add_adapter("tone", lora(model, 1))
+                alice.attach("alice/tone")
+            reply = alice.chat("Hi", **FAST)
+            said[reply.branch_precision] = dict(alice.explain(reply).rows())["precision"]
+    assert said == {"float32": "float32", "bfloat16": "float32, adapters in bfloat16"}
