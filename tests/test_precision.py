@@ -153,8 +153,8 @@ def test_a_model_that_is_loaded_already_is_not_asked_to_be_otherwise(tmp_path, a
 def test_a_reply_says_in_which_precision_its_adapters_were_read(tmp_path, tiny, hash_embedder):
     options = {"store": tmp_path, "embedder": hash_embedder}
     said = {}
-    for precision in ("auto", "bfloat16"):
-        engine = {"branch_precision": precision}
+    for asked in ("auto", "bfloat16"):
+        engine = {"branch_precision": asked}
         with PersonaModel.from_pretrained(tiny, **options, engine=engine) as model:
             alice = model.persona("alice")
             if not alice.attachments():
