@@ -110,9 +110,15 @@ def _faults(connection: Connection, owner: str, rows: Sequence[Any]) -> list[Fau
         ledger.apply(details)
         covered = past[before : ledger.revision]  # numbers are 1, 2, ...
         digest = events.history_digest(covered) if ledger.revision != before else None
-        if row.kind != "migrated" and digest != details.get("digest"):
+        if row.kind == "migrated":
+            continue
+        if digest != details.get("digest"):
             faults.append(Fault(row.number, f"revisions {before + 1} to {ledger.revision} are others"))
+        if ledger.revision > before + 1 and row.kind != "import":  # an event was cut off, then came a write
+            faults.append(Fault(row.number, f"tells of {ledger.revision - before} revisions at once"))
     head = revisions.head(connection, owner)
+    if [r.number for r in past] != list(range(1, head + 1)):
+        faults.append(Fault(0, f"the history does not hold each revision up to {head} once"))
     if ledger.revision != head:
         faults.append(Fault(0, f"the events end at revision {ledger.revision}, the history at {head}"))
     for table, told, found in (
