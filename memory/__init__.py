@@ -2,6 +2,10 @@
 
     cube        the unit of memory: header and payload
     store       the one way in, and all reads, scoped to one owner
+    lifecycle   states of life and their moves; transitions, expiry and uses are its verbs
+    snapshots   names for revisions, and a persona as it was
+    events      the audit log; audit checks it
+    governance  who may do what; bound is the store as one principal sees it
     index       nearest neighbours, exact, in memory
     retrieval   passages for a query over several owners
 
@@ -14,24 +18,33 @@ if __name__ != "persona_sdk.memory":
         "Import this package as persona_sdk.memory; 'memory' would be a second copy of every class."
     )
 
+from persona_sdk.memory.bound import BoundStore
 from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Origin, Source, TextEncoder
+from persona_sdk.memory.events import Event
+from persona_sdk.memory.governance import Principal
 from persona_sdk.memory.index import VectorIndex
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.retrieval import Passage, Retriever
 from persona_sdk.memory.revisions import PersonaRecord, Revision
+from persona_sdk.memory.snapshots import MemoryView, Snapshot
 from persona_sdk.memory.store import MemoryStore
 
 __all__ = [
+    "BoundStore",
     "CubeDraft",
     "CubeHeader",
+    "Event",
     "MemCube",
     "MemoryStore",
+    "MemoryView",
     "Origin",
     "Passage",
     "PersonaRecord",
+    "Principal",
     "Receipt",
     "Retriever",
     "Revision",
+    "Snapshot",
     "Source",
     "TextEncoder",
     "VectorIndex",

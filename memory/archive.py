@@ -25,7 +25,7 @@ from sqlalchemy import Connection, insert, select, update
 from persona_sdk import files
 from persona_sdk.config import FrozenConfig, validate_id
 from persona_sdk.errors import NotFoundError
-from persona_sdk.memory import revisions, rows
+from persona_sdk.memory import events, revisions, rows
 from persona_sdk.memory.archive_format import (
     BLOBS,
     BY_ENCODER,
@@ -173,6 +173,7 @@ def import_archive(
                 if not store.vault.holds(name):
                     store.vault.write(*contents.blob(name))
             _write(connection, owner, contents)
+            events.append(connection, owner, "import")
     return owner
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import Connection, LargeBinary, cast, delete, func, insert, select, update
 
 from persona_sdk.errors import NotFoundError, StoreError
-from persona_sdk.memory import revisions
+from persona_sdk.memory import events, governance, lifecycle, revisions
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
@@ -30,7 +30,6 @@ from persona_sdk.memory.rows import CHUNK, lookup
 from persona_sdk.memory.schema import (
     cubes,
     erasures,
-    events,
     grants,
     group_memberships,
     keys,
@@ -45,6 +44,7 @@ from persona_sdk.memory.schema import (
     uses,
     vectors,
 )
+from persona_sdk.memory.schema import events as event_rows
 from persona_sdk.memory.schema import revisions as revision_rows
 from persona_sdk.tensors import Digest
 
@@ -89,19 +89,43 @@ def forget_everything(store: StoreReader, owner: str) -> Receipt:
     return _erase(store, owner, chosen, everything=True)
 
 
+def expire(store: StoreReader, owner: str, chosen: Callable[[Connection], list[str]]) -> Receipt:
+    """For `persona_sdk.memory.expiry`: erase what it chooses in the transaction; scrubbing is left to it."""
+
+    def all_versions(connection: Connection) -> list[str]:
+        return _with_parents(connection, owner, chosen(connection))
+
+    return _erase(store, owner, all_versions, everything=False, expired=True)
+
+
+def reach(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, list[str]]:
+    """What goes when these cubes go, by owner: earlier versions, and everything derived from any of them."""
+    versions = _with_parents(connection, owner, ids)
+    return _with_derived(connection, [(owner, cube_id) for cube_id in versions])
+
+
 def _erase(
-    store: StoreReader, owner: str, chosen: Callable[[Connection], list[str]], *, everything: bool
+    store: StoreReader,
+    owner: str,
+    chosen: Callable[[Connection], list[str]],
+    *,
+    everything: bool,
+    expired: bool = False,
 ) -> Receipt:
     at, tally = utc_now(), _Tally()
     with store.writing() as connection:
         asked = chosen(connection)
         by_owner = _with_derived(connection, [(owner, cube_id) for cube_id in asked])
+        lifecycle.require_erasable(connection, by_owner, owner)
         blobs = {blob for who, ids in by_owner.items() for blob in _blobs_of(connection, who, ids)}
         for who, ids in by_owner.items():
             if everything and who == owner:
                 continue
-            number = revisions.advance(connection, who, message="forget")
-            _bury(connection, who, ids, number, at, tally)
+            number = revisions.advance(connection, who, message="expire" if expired else "forget")
+            _bury(connection, who, ids, number, at, tally, reason="expired" if expired else "forgotten")
+            # Others learn that something of theirs is gone, not who asked for it.
+            actor = None if who == owner else events.SYSTEM
+            events.append(connection, who, "expire" if expired else "forget", {"erased": ids}, actor=actor)
         if everything:
             _remove_persona(connection, owner, by_owner.get(owner, []), at, tally)
     store.announce({owner, *by_owner})
@@ -122,7 +146,7 @@ def _erase(
         vectors=tally.vectors,
         blobs=tuple(deleted),
         bytes=tally.bytes + sum(deleted.values()),
-        scrubbed=store.scrub() and complete,
+        scrubbed=(expired or store.scrub()) and complete,
     ).sealed()
 
 
@@ -173,7 +197,13 @@ def _blobs_of(connection: Connection, owner: str, ids: Sequence[str]) -> set[Dig
 
 
 def _bury(
-    connection: Connection, owner: str, ids: Sequence[str], number: int, at: datetime, tally: _Tally
+    connection: Connection,
+    owner: str,
+    ids: Sequence[str],
+    number: int,
+    at: datetime,
+    tally: _Tally,
+    reason: str,
 ) -> None:
     """Replace cubes by tombstones whose open intervals end at revision `number`."""
     table = memberships
@@ -187,6 +217,7 @@ def _bury(
                 "at": to_column(at),
                 "from_revision": span.from_revision,
                 "to_revision": number if span.to_revision is None else span.to_revision,
+                "reason": reason,
             }
             for span in spans
         ]
@@ -229,14 +260,18 @@ def _remove_persona(
     """Delete every row of a persona and leave counts under the hash of its id."""
     _delete_cubes(connection, owner, ids, tally)
     count = connection.execute(select(func.count()).where(revision_rows.c.owner == owner)).scalar_one()
-    for table in (tombstones, group_memberships, snapshots, events, keys, revision_rows, personas):
+    governance.withdraw(connection, owner)
+    # The persona goes before its events: those of one that is there cannot be deleted.
+    for table in (tombstones, group_memberships, snapshots, keys, revision_rows, personas, event_rows):
         tally.rows += connection.execute(delete(table).where(table.c.owner == owner)).rowcount
     # Whoever makes a group of this name later must not find the old members in it.
     members = group_memberships.c.group_id == owner
     for member in set(connection.execute(select(group_memberships.c.owner).where(members)).scalars()):
         revisions.touch(connection, member)
+        events.append(connection, member, "group_erased", actor=events.SYSTEM)
     tally.rows += connection.execute(delete(group_memberships).where(members)).rowcount
     counts = {"cubes": len(ids), "vectors": tally.vectors, "revisions": count}
     hashed = hashlib.sha256(owner.encode()).hexdigest()
     values = {"owner": hashed, "at": to_column(at), "counts": json.dumps(counts)}
     connection.execute(insert(erasures).values(**values))
+    events.append(connection, events.STORE, "erase", {"persona": hashed, **counts})

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, Table, insert, select, update
+from sqlalchemy import Connection, Table, insert, or_, select, update
 
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError, RevisionConflictError
@@ -222,7 +222,10 @@ def history(connection: Connection, owner: str, *, since: int = 0) -> list[Revis
     added: dict[int, list[str]] = defaultdict(list)
     retired: dict[int, list[str]] = defaultdict(list)
     buried = connection.execute(select(tombstones).where(tombstones.c.owner == owner).order_by("seq")).all()
-    kept = connection.execute(select(memberships).where(memberships.c.owner == owner).order_by("seq")).all()
+    recent = or_(memberships.c.from_revision > since, memberships.c.to_revision > since)
+    kept = connection.execute(
+        select(memberships).where(memberships.c.owner == owner, recent).order_by("seq")
+    ).all()
     for row in (*kept, *buried):
         added[row.from_revision].append(row.cube_id)
         retired[row.to_revision].append(row.cube_id)

@@ -16,12 +16,29 @@ from torch import Tensor
 
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError
-from persona_sdk.memory import archive, database, erasure, revisions, rows
-from persona_sdk.memory.cube import CubeDraft, check_vector, clean_text
+from persona_sdk.memory import (
+    archive,
+    audit,
+    commits,
+    database,
+    erasure,
+    events,
+    governance,
+    lifecycle,
+    revisions,
+    rows,
+    snapshots,
+    transitions,
+)
+from persona_sdk.memory.audit import Fault
+from persona_sdk.memory.cube import CubeDraft, State, check_vector, clean_text
 from persona_sdk.memory.database import translated
+from persona_sdk.memory.events import Event, Head
+from persona_sdk.memory.governance import Granted, Principal
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.revisions import Revision
+from persona_sdk.memory.snapshots import MemoryView, Snapshot, When
 from persona_sdk.memory.vault import Vault, encode
 
 
@@ -78,6 +95,7 @@ class MemoryStore(StoreReader):
 
         Raises:
             InvalidInputError: a value cannot be stored, or the kind does not match.
+            FrozenError: a cube to retire is frozen.
             NotFoundError: a cube to retire is not live, or a source is gone.
             RevisionConflictError: somebody else committed after `parent`.
             StoreFullError: there is no room.
@@ -90,27 +108,27 @@ class MemoryStore(StoreReader):
         blobs = [None if draft.payload is None else encode(draft.payload) for draft in drafts]
         with self._lock, self.blobs_written(filter(None, blobs)), self.writing() as connection:
             number = revisions.advance(connection, owner, kind=kind, parent=parent, message=note)
+            lifecycle.require_unfrozen(connection, owner, list(retire))
             revisions.close_cubes(connection, owner, list(dict.fromkeys(retire)), number)
-            rows.require_sources(connection, {s for draft in drafts for s in draft.header.sources})
-            ids = []
-            for draft, blob in zip(drafts, blobs, strict=True):
-                if blob is not None and not self.vault.holds(blob[0]):
-                    self.vault.write(*blob)  # deleted by another process after it was written above
-                ids.append(rows.insert_cube(connection, owner, draft, blob[0] if blob else None, number))
-            revisions.open_cubes(connection, owner, ids, number)
+            commits.add_cubes(self, connection, owner, drafts, blobs, number)
             if groups is not None:
                 revisions.set_groups(connection, owner, groups, number)
+            events.append(connection, owner, "commit", events.membership(groups))
             return revisions.history(connection, owner, since=number - 1)[0]
 
-    def rollback(self, owner: str, revision: int) -> Revision:
+    def rollback(self, owner: str, to: int | str) -> Revision:
         """Append a revision with the cubes and groups of an older one; ``gone`` tells what was forgotten.
 
+        Args:
+            owner: whose history.
+            to: a revision, or the name of a snapshot.
+
         Raises:
-            NotFoundError: the owner has no such revision.
+            FrozenError: a frozen cube would be retired or brought back.
+            NotFoundError: the owner has no such revision or snapshot.
         """
         with self.writing() as connection:
-            number = revisions.restore(connection, owner, revision)
-            return revisions.history(connection, owner, since=number - 1)[0]
+            return transitions.restore(connection, owner, snapshots.resolve(connection, owner, to))
 
     def add_vectors(self, owner: str, encoder: str, vectors: Mapping[str, Tensor]) -> int:
         """Store embeddings of the owner's cubes; derived data, so no revision. Returns how many were new.
@@ -131,6 +149,7 @@ class MemoryStore(StoreReader):
         """Erase cubes, live or not, and everything derived from them, whoever owns it.
 
         Raises:
+            FrozenError: one of these is frozen with a legal basis; nothing was erased.
             NotFoundError: a cube is not the owner's; nothing was erased.
         """
         return erasure.forget(self, owner, list(dict.fromkeys(cube_ids)))
@@ -139,9 +158,68 @@ class MemoryStore(StoreReader):
         """Erase a persona: cubes, derived cubes of others, history, groups and the id itself.
 
         Raises:
+            FrozenError: one of these is frozen with a legal basis; nothing was erased.
             NotFoundError: there is no such persona.
         """
         return erasure.forget_everything(self, owner)
+
+    # Lifecycle and governance: thin, see the modules ----------------------------------------------------
+
+    def archive(self, owner: str, cube_ids: Sequence[str], *, reason: str = "") -> Revision:
+        """Put cubes aside; `transitions.archive`."""
+        return transitions.archive(self, owner, cube_ids, reason=reason)
+
+    def activate(self, owner: str, cube_ids: Sequence[str], *, reason: str = "") -> Revision:
+        """Make cubes live and activated; `transitions.activate`."""
+        return transitions.activate(self, owner, cube_ids, reason=reason)
+
+    def freeze(self, owner: str, cube_id: str, reason: str, *, legal_basis: str | None = None) -> None:
+        """Lock a cube; `transitions.freeze`."""
+        transitions.freeze(self, owner, cube_id, reason, legal_basis=legal_basis)
+
+    def unfreeze(self, owner: str, cube_id: str, reason: str, *, may_release: bool = True) -> State:
+        """Unlock a cube; `transitions.unfreeze`."""
+        return transitions.unfreeze(self, owner, cube_id, reason, may_release=may_release)
+
+    def snapshot(self, owner: str, name: str) -> Snapshot:
+        """Name the newest revision; `snapshots.snapshot`."""
+        return snapshots.snapshot(self, owner, name)
+
+    def snapshots(self, owner: str) -> list[Snapshot]:
+        """The snapshots of an owner, oldest revision first."""
+        with self.reading() as connection:
+            return snapshots.read(connection, owner)
+
+    def as_of(self, owner: str, when: When) -> MemoryView:
+        """The persona at a revision, a snapshot or a time, to be read only.
+
+        Raises:
+            InvalidInputError: a time without a time zone.
+            NotFoundError: the owner has no such revision or snapshot.
+        """
+        return snapshots.as_of(self, owner, when)
+
+    def grant(
+        self, owner: str, cube_id: str, to: Principal, right: Granted = "read", *, special: bool = False
+    ) -> None:
+        """Let somebody else read, or write, one cube; `governance.grant`."""
+        governance.grant(self, owner, cube_id, to, right, special=special)
+
+    def revoke(self, owner: str, cube_id: str, to: Principal) -> None:
+        """Take a grant back; `governance.revoke`."""
+        governance.revoke(self, owner, cube_id, to)
+
+    def audit(self, owner: str) -> list[Event]:
+        """The audit log of an owner, oldest first; that of the store for `events.STORE`."""
+        with self.reading() as connection:
+            return events.read(connection, owner)
+
+    def verify_audit(self, owner: str, *, anchor: Head | None = None) -> list[Fault]:
+        """What is wrong with the audit log; `audit.verify`."""
+        with self.reading() as connection:
+            return audit.verify(connection, owner, anchor=anchor)
+
+    # Archives ------------------------------------------------------------------------------------------
 
     def export(self, owner: str, path: str | Path) -> Path:
         """Write a persona with its history to one ``.memcube`` file; see `persona_sdk.memory.archive`."""

@@ -22,6 +22,9 @@
         ├── SchemaError              the store was written by another version of the schema
         ├── StoreFullError           the disk is full; nothing was committed              (retryable)
         ├── RevisionConflictError    somebody else committed first                        (retryable)
+        ├── LifecycleError           a move between states of life that is not legal
+        ├── FrozenError              a frozen cube would be changed, or one on legal hold erased
+        ├── RateLimitError           a principal writes faster than it may               (retryable)
         └── ArchiveError             a .memcube archive that is damaged or unsafe
 
 ``code`` is stable and meant for programs, ``hint`` is the next action for people, ``retryable`` says
@@ -176,6 +179,25 @@ class RevisionConflictError(StoreError):
     """Another writer committed since this revision was read."""
 
     code = "revision_conflict"
+    retryable = True
+
+
+class LifecycleError(StoreError, ValueError):
+    """A cube cannot go from its state to the one that was asked for."""
+
+    code = "illegal_move"
+
+
+class FrozenError(StoreError):
+    """A frozen cube would be edited, merged, retired or, on legal hold, erased."""
+
+    code = "frozen"
+
+
+class RateLimitError(StoreError):
+    """A principal has written as much as it may for now."""
+
+    code = "rate_limited"
     retryable = True
 
 

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from persona_sdk.errors import SchemaError, StoreError
 from persona_sdk.memory import CubeDraft, MemoryStore, database
 from persona_sdk.memory.schema import metadata
 
+HEAD = ScriptDirectory(str(database.MIGRATIONS)).get_current_head()
 SECOND = """
 from alembic import op
 import sqlalchemy as sa
 
-revision = "0003"
-down_revision = "0002"
+revision = "9999"
+down_revision = "{head}"
 
 def upgrade() -> None:
     op.add_column("cubes", sa.Column("mood", sa.String(), server_default="calm"))
@@ -30,7 +32,7 @@ def newer_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str = "pas
     """Make the package believe in one more migration."""
     folder = tmp_path / "migrations"
     shutil.copytree(database.MIGRATIONS, folder)
-    (folder / "versions" / "0003_mood.py").write_text(SECOND.format(then=then))
+    (folder / "versions" / "9999_mood.py").write_text(SECOND.format(then=then, head=HEAD))
     monkeypatch.setattr(database, "MIGRATIONS", folder)
 
 
@@ -63,7 +65,7 @@ def test_an_older_store_is_copied_then_migrated(
     with MemoryStore.open(folder) as store:
         assert store.get("alice", cube_id).text == "old text"
     assert "mood" in columns(folder / "personas.db")
-    backup = folder / "personas.db.before-0002.bak"
+    backup = folder / f"personas.db.before-{HEAD}.bak"
     assert "mood" not in columns(backup)
     with closing(sqlite3.connect(backup)) as raw:
         assert raw.execute("SELECT text FROM cubes").fetchall() == [("old text",)]

@@ -1,0 +1,243 @@
+"""The reading half of a store as one principal sees it; `persona_sdk.memory.bound` adds the writing.
+
+Methods have the names and meanings of `MemoryStore`. Where the principal is no owner, it is answered with the
+live cubes it may read and nothing else of the persona; if there are none, in the words that are used when
+there is no such persona, so that *forbidden* and *missing* cannot be told apart.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float32
+from torch import Tensor
+
+from persona_sdk.errors import NotFoundError
+from persona_sdk.memory import governance, revisions, rows, uses
+from persona_sdk.memory.audit import Fault
+from persona_sdk.memory.cube import MemCube
+from persona_sdk.memory.events import Event, Head
+from persona_sdk.memory.governance import Principal, Right
+from persona_sdk.memory.revisions import PersonaRecord, Revision
+from persona_sdk.memory.snapshots import MemoryView, Recaller, Snapshot, When
+from persona_sdk.memory.store import MemoryStore
+from persona_sdk.memory.uses import Use
+from persona_sdk.tensors import Digest, TensorBundle
+
+
+class BoundReader:
+    """What one principal can read of a store."""
+
+    def __init__(self, store: MemoryStore, principal: Principal) -> None:
+        self._store = store
+        self.principal = principal
+
+    # What is allowed ----------------------------------------------------------------------------------
+
+    def _owns(self, owner: str) -> bool:
+        with self._store.reading() as connection:
+            return governance.standing(connection, self.principal, owner).everything
+
+    def _require_own(self, owner: str) -> None:
+        if not self._owns(owner):
+            raise no_persona(owner)
+
+    def _readable(self, owner: str) -> dict[str, MemCube]:
+        """The live cubes of somebody else that may be read; at least one.
+
+        Raises:
+            NotFoundError: there is none, or no such persona.
+        """
+        with self._store.reading() as connection:
+            found = governance.readable(connection, self.principal, owner)
+        if not found:
+            raise no_persona(owner)
+        return {cube.id: cube for cube in found}
+
+    def _require_cubes(self, owner: str, ids: Sequence[str], right: Right) -> None:
+        """Check a right on cubes, live or not."""
+        with self._store.reading() as connection:
+            rights = governance.standing(connection, self.principal, owner)
+            found = rows.lookup(connection, owner, ids)
+            live = set(revisions.live_ids(connection, owner, revisions.head(connection, owner)))
+        for cube_id in ids:
+            cube = found.get(cube_id)
+            if cube is None or not rights.may(right, cube, live=cube_id in live):
+                raise no_cube(owner, cube_id)
+
+    # Reading ------------------------------------------------------------------------------------------
+
+    def personas(self) -> list[PersonaRecord]:
+        """All personas for the system, else the principal's own, if there is one."""
+        everyone = self.principal.kind == "system"
+        mine = [r for r in self._store.personas() if everyone or r.id == self.principal.id]
+        return [record for record in mine if self._owns(record.id)]
+
+    def kind_of(self, owner: str) -> str | None:
+        """``"user"`` or ``"group"``; None if the persona is unknown or nothing of it may be read."""
+        try:
+            return self._store.kind_of(owner) if self._owns(owner) or self._readable(owner) else None
+        except NotFoundError:
+            return None
+
+    def head(self, owner: str) -> int:
+        """The newest revision."""
+        return self.mark(owner)[0]
+
+    def mark(self, owner: str) -> tuple[int, str]:
+        """The newest revision and the stamp."""
+        if not self._owns(owner):
+            self._readable(owner)
+        return self._store.mark(owner)
+
+    def cubes(self, owner: str, *, revision: int | None = None, kind: str | None = None) -> list[MemCube]:
+        """The cubes live at a revision; of somebody else, those among them that may be read today."""
+        if self._owns(owner):
+            return self._store.cubes(owner, revision=revision, kind=kind)
+        allowed = self._readable(owner)
+        return [c for c in self._store.cubes(owner, revision=revision, kind=kind) if c.id in allowed]
+
+    def all_cubes(self, owner: str) -> list[MemCube]:
+        """Every cube that was not forgotten; for the owner only."""
+        self._require_own(owner)
+        return self._store.all_cubes(owner)
+
+    def get(self, owner: str, cube_id: str) -> MemCube:
+        """One cube."""
+        if found := self.lookup(owner, [cube_id]):
+            return found[cube_id]
+        raise no_cube(owner, cube_id)
+
+    def lookup(self, owner: str, cube_ids: Sequence[str]) -> dict[str, MemCube]:
+        """The cubes among `cube_ids` that may be read; what is not there is left out."""
+        if self._owns(owner):
+            return self._store.lookup(owner, cube_ids)
+        try:
+            allowed = self._readable(owner)
+        except NotFoundError:
+            return {}
+        return {cube_id: allowed[cube_id] for cube_id in cube_ids if cube_id in allowed}
+
+    def groups(self, owner: str, *, revision: int | None = None) -> tuple[str, ...]:
+        """The groups of an owner; for the owner only."""
+        self._require_own(owner)
+        return self._store.groups(owner, revision=revision)
+
+    def history(self, owner: str) -> list[Revision]:
+        """All revisions; for the owner only."""
+        self._require_own(owner)
+        return self._store.history(owner)
+
+    def load_blob(self, owner: str, digest: Digest) -> TensorBundle:
+        """The tensors of a cube that may be read."""
+        if not self._owns(owner) and digest not in {cube.blob for cube in self._readable_or_none(owner)}:
+            raise NotFoundError(
+                f"No blob {digest!r:.20} belongs to {owner!r}.", hint="It may have been forgotten."
+            )
+        return self._store.load_blob(owner, digest)
+
+    def _readable_or_none(self, owner: str) -> list[MemCube]:
+        try:
+            return list(self._readable(owner).values())
+        except NotFoundError:
+            return []
+
+    def vectors(
+        self, owner: str, encoder: str, *, revision: int | None = None, skip: int = 0
+    ) -> tuple[list[str], Float32[Tensor, "n d"]]:
+        """Ids and embeddings live at a revision, of cubes that may be read, after the first `skip`."""
+        if self._owns(owner):
+            return self._store.vectors(owner, encoder, revision=revision, skip=skip)
+        allowed = self._readable(owner)
+        ids, matrix = self._store.vectors(owner, encoder, revision=revision)
+        kept = [row for row, cube_id in enumerate(ids) if cube_id in allowed][skip:]
+        return [ids[row] for row in kept], matrix[kept]
+
+    def vector_ids(self, owner: str, encoder: str, *, revision: int | None = None) -> list[str]:
+        """The ids `vectors` would return."""
+        if self._owns(owner):
+            return self._store.vector_ids(owner, encoder, revision=revision)
+        allowed = self._readable(owner)
+        return [i for i in self._store.vector_ids(owner, encoder, revision=revision) if i in allowed]
+
+    def missing_vectors(self, owner: str, encoder: str) -> list[MemCube]:
+        """Cubes that are not embedded yet; for the owner only."""
+        self._require_own(owner)
+        return self._store.missing_vectors(owner, encoder)
+
+    def recall(
+        self, retriever: Recaller, query: str, k: int = 5, owners: Sequence[str] | None = None
+    ) -> list[Any]:
+        """The best passages that may be read, with a retriever of the same store.
+
+        Args:
+            retriever: what searches.
+            query: what to look for.
+            k: how many at most.
+            owners: where; None takes the principal's own memory, its groups and what was granted to it.
+        """
+        allowed: dict[str, set[str] | None] = {}  # None: all of it
+        hidden = 0
+        for owner in self._all_owners() if owners is None else dict.fromkeys(owners):
+            if self._owns(owner):
+                allowed[owner] = None
+            elif found := self._readable_or_none(owner):
+                allowed[owner] = {cube.id for cube in found}
+                hidden += len(self._store.cubes(owner)) - len(found)
+        passages = retriever.recall(list(allowed), query, k + hidden)
+        return [p for p in passages if p.owner in allowed and _within(p.id, allowed[p.owner])][:k]
+
+    def _all_owners(self) -> list[str]:
+        with self._store.reading() as connection:
+            names = governance.names_of(connection, self.principal)
+        own = [name.partition(":")[2] for name in names if name.startswith(("user:", "group:"))]
+        return list(dict.fromkeys([*own, *self.shared()]))
+
+    def shared(self) -> dict[str, list[MemCube]]:
+        """The cubes that others granted to the principal, or to a group of it, by owner."""
+        with self._store.reading() as connection:
+            return governance.shared_with(connection, self.principal)
+
+    def grants(self, owner: str) -> list[tuple[str, str, str]]:
+        """What an owner has granted: cube, name of the principal, right; for the owner only."""
+        self._require_own(owner)
+        with self._store.reading() as connection:
+            return [*governance.granted_by(connection, owner)]
+
+    def uses(self, owner: str) -> dict[str, Use]:
+        """The uses of cubes; for the owner only."""
+        self._require_own(owner)
+        return uses.of(self._store, owner)
+
+    def snapshots(self, owner: str) -> list[Snapshot]:
+        """The named revisions; for the owner only."""
+        self._require_own(owner)
+        return self._store.snapshots(owner)
+
+    def as_of(self, owner: str, when: When) -> MemoryView:
+        """The persona as it was; for the owner only, who keeps what the view can see."""
+        self._require_own(owner)
+        return self._store.as_of(owner, when)
+
+    def audit(self, owner: str) -> list[Event]:
+        """The audit log; for the owner only."""
+        self._require_own(owner)
+        return self._store.audit(owner)
+
+    def verify_audit(self, owner: str, *, anchor: Head | None = None) -> list[Fault]:
+        """What is wrong with the audit log; for the owner only."""
+        self._require_own(owner)
+        return self._store.verify_audit(owner, anchor=anchor)
+
+
+def no_persona(owner: str) -> NotFoundError:
+    """The one answer to whoever may not know whether there is such a persona."""
+    return NotFoundError(f"There is no persona {owner!r:.60}.", hint="It may have been forgotten.")
+
+
+def no_cube(owner: str, cube_id: str) -> NotFoundError:
+    """The one answer to whoever may not know whether there is such a cube."""
+    return NotFoundError(f"No cube {cube_id!r:.60} belongs to {owner!r}.", hint="It may have been forgotten.")
+
+
+def _within(cube_id: str, allowed: set[str] | None) -> bool:
+    return allowed is None or cube_id in allowed
