@@ -5,30 +5,27 @@ Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from persona_sdk.adapters import Adapter
-from persona_sdk.compose import PINNED
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import SHARED, commit_edit, split_name
 from persona_sdk.materialize import Materialized, materialize
-from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Passage, Receipt, Revision
+from persona_sdk.memory import MemCube, Passage, Receipt, Revision
+from persona_sdk.persona_memory import PersonaMemory
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Explanation, Reply, ReplyStream
 
 if TYPE_CHECKING:
     from persona_sdk.model import PersonaModel
 
-MAX_TEXT = 20_000
-
 
 class Persona:
     """One user or one group of a `PersonaModel`. Get one from `PersonaModel.persona` or `.group`."""
 
-    def __init__(self, model: "PersonaModel", persona_id: str, *, kind: str = "user") -> None:
+    def __init__(self, model: "PersonaModel", persona_id: str, *, kind: Literal["user", "group"] = "user") -> None:
         self.id = validate_id(persona_id)
         self.kind = kind
         self._model = model
@@ -39,6 +36,7 @@ class Persona:
                 f"{self.id!r} is a {known}, not a {kind}.",
                 hint="Users and groups share one space of ids; model.group opens groups.",
             )
+        self.memory = PersonaMemory(model, self.id, kind)
         model.adapters.handles[self.id] = self
 
     def __repr__(self) -> str:
@@ -130,37 +128,9 @@ class Persona:
             InvalidInputError: a text is blank or longer than `MAX_TEXT` characters.
             StoreFullError: no room; nothing was stored.
         """
-        if isinstance(texts, str):
-            raise InvalidInputError("remember_all takes a list of texts.", hint="For one text use remember.")
-        for index, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise InvalidInputError(f"Text {index} is empty.", hint="Give some text to remember.")
-            if len(text) > MAX_TEXT:
-                raise InvalidInputError(
-                    f"Text {index} has {len(text)} characters.",
-                    hint=f"Split it; at most {MAX_TEXT} fit one memory.",
-                )
-        if not texts:
-            return []
-        header = CubeHeader.parse(
-            {
-                "title": title,
-                "semantic_type": semantic_type,
-                "tags": tuple(tags),
-                "trust": "user",
-                "attributes": PINNED if pinned else {},
-            }
+        return self.memory.remember(
+            texts, title=title, tags=tags, semantic_type=semantic_type, searchable=searchable, pinned=pinned
         )
-        drafts = [CubeDraft(text=text, header=header) for text in texts]
-        if searchable:
-            encoder, vectors = self._model.embedder.fingerprint, self._model.embedder.encode(list(texts))
-            drafts = [
-                replace(draft, vector=vector, encoder=encoder)
-                for draft, vector in zip(drafts, vectors, strict=True)
-            ]
-        noun = semantic_type if len(drafts) == 1 else f"{len(drafts)} x {semantic_type}"
-        revision = self._commit(f"remember {noun}", add=drafts)
-        return [self._store.get(self.id, cube_id) for cube_id in revision.added]
 
     def warm(self, *, system: str = "") -> MemCube | None:
         """Compute what stands first in every prompt of this persona, and keep its keys and values.
@@ -181,38 +151,20 @@ class Persona:
         return self._model.warm(self, system=system)
 
     def recall(self, query: str, k: int = 5) -> list[Passage]:
-        """The `k` memories nearest to a query, own and of the groups, best first."""
-        return self._model.retriever.recall((self.id, *self.groups), query, k)
+        """The `k` best memories for a query, own, of the groups and shared by others, best first."""
+        return self.memory.search(query, k)
 
     def memories(self) -> list[MemCube]:
         """All live text memories of this persona, oldest first."""
-        return self._store.cubes(self.id, kind="plaintext")
+        return self.memory.cubes()
 
     def forget(self, query_or_cube_id: str) -> Receipt:
-        """Erase one memory by cube id, or every memory that contains a phrase, and all that derives from it.
-
-        Memories that a rollback took out of sight are found too.
-
-        Raises:
-            NotFoundError: nothing matches; nothing was erased.
-        """
-        if not isinstance(query_or_cube_id, str) or not query_or_cube_id.strip():
-            raise InvalidInputError("There is nothing to look for.", hint="Give a cube id or a phrase.")
-        phrase = query_or_cube_id.strip().casefold()
-        cubes = self._store.all_cubes(self.id)
-        found = [cube.id for cube in cubes if cube.id == query_or_cube_id] or [
-            cube.id for cube in cubes if cube.text is not None and phrase in cube.text.casefold()
-        ]
-        if not found:
-            raise NotFoundError(
-                f"No memory of {self.id!r} is {query_or_cube_id!r} or contains it.",
-                hint="List them with memories() or look with recall().",
-            )
-        return self._store.forget(self.id, found)
+        """Erase memories by cube id or phrase, with all derived from them; see `PersonaMemory.forget`."""
+        return self.memory.forget(query_or_cube_id)
 
     def forget_everything(self) -> Receipt:
         """Erase this persona: memories, adapters, vectors and history. Only a tombstone of counts stays."""
-        return self._store.forget_everything(self.id)
+        return self.memory.forget_everything()
 
     # Adapters -----------------------------------------------------------------------------------------
 
@@ -287,13 +239,14 @@ class Persona:
         """Every revision, oldest first."""
         return self._store.history(self.id)
 
-    def rollback(self, revision: int) -> Revision:
-        """Make a new revision with the content of an old one.
+    def rollback(self, revision: int | str) -> Revision:
+        """Make a new revision with the content of an old one, or of a snapshot.
 
         Raises:
+            FrozenError: a frozen memory would be retired or brought back.
             NotFoundError: there is no such revision.
         """
-        return self._store.rollback(self.id, revision)
+        return self.memory.rollback(revision)
 
     def export(self, path: str | Path) -> Path:
         """Write this persona, history included, to one archive file."""
