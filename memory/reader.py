@@ -25,10 +25,9 @@ class StoreReader(StoreCore):
             memberships.c.owner == personas.c.owner, memberships.c.to_revision.is_(None)
         )
         with self.reading() as connection:
-            found = connection.execute(
-                select(personas, live.scalar_subquery().label("live")).order_by("owner")
-            )
-            return [PersonaRecord(p.owner, p.kind, p.head, p.live, from_column(p.created_at)) for p in found]
+            found = connection.execute(select(personas, live.scalar_subquery().label("live")))
+            known = [PersonaRecord(p.owner, p.kind, p.head, p.live, from_column(p.created_at)) for p in found]
+        return sorted(known, key=lambda persona: persona.id)  # a database's order is that of its language
 
     def kind_of(self, owner: str) -> str | None:
         """``"user"``, ``"group"``, or None for an unknown persona."""

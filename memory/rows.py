@@ -4,7 +4,7 @@ Every function works inside the caller's transaction and takes the owner it is a
 """
 
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,11 @@ from persona_sdk.tensors import Digest
 
 FIRST: State = "generated"  # of a cube that has no row in `states`
 CHUNK = 500  # ids in one statement; SQLite limits the parameters of a statement
+
+
+def chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """`ids` in parts that one statement can take."""
+    return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
 
 
 def to_cube(row: Any) -> MemCube:
@@ -128,10 +133,14 @@ def insert_vectors(connection: Connection, owner: str, encoder: str, given: Mapp
         )
     mine = (vectors.c.owner == owner) & (vectors.c.encoder == encoder)
     bytes_long = connection.execute(select(func.length(vectors.c.data)).where(mine).limit(1)).scalar()
-    present = (
-        set(connection.execute(select(vectors.c.cube_id).where(mine)).scalars()) if len(given) > 1 else set()
-    )
-    written = 0
+    present = {
+        name
+        for part in chunks(list(given))
+        for name in connection.execute(
+            select(vectors.c.cube_id).where(mine, vectors.c.cube_id.in_(part))
+        ).scalars()
+    }
+    fresh = []
     for cube_id, vector in given.items():
         data = check_vector(vector, encoder).numpy().astype("<f4").tobytes()
         if len(data) != (bytes_long := bytes_long or len(data)):
@@ -140,9 +149,10 @@ def insert_vectors(connection: Connection, owner: str, encoder: str, given: Mapp
                 hint=f"This encoder's have {bytes_long // 4}.",
             )
         if cube_id not in present:
-            row = insert(vectors).prefix_with("OR IGNORE").values(cube_id=cube_id, data=data)
-            written += connection.execute(row.values(owner=owner, encoder=encoder)).rowcount
-    return written
+            fresh.append({"owner": owner, "cube_id": cube_id, "encoder": encoder, "data": data})
+    if fresh:
+        connection.execute(insert(vectors), fresh)
+    return len(fresh)
 
 
 def to_vector(data: bytes) -> Float32[Tensor, "d"]:

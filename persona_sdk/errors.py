@@ -22,6 +22,7 @@
         ├── SchemaError              the store was written by another version of the schema
         ├── StoreFullError           the disk is full; nothing was committed              (retryable)
         ├── RevisionConflictError    somebody else committed first                        (retryable)
+        ├── StoreUnavailableError    the database server is away or dropped the connection (retryable)
         └── ArchiveError             a .memcube archive that is damaged or unsafe
 
 ``code`` is stable and meant for programs, ``hint`` is the next action for people, ``retryable`` says
@@ -176,6 +177,13 @@ class RevisionConflictError(StoreError):
     """Another writer committed since this revision was read."""
 
     code = "revision_conflict"
+    retryable = True
+
+
+class StoreUnavailableError(StoreError):
+    """The store's database server cannot be reached; whether the last write was made may be unknown."""
+
+    code = "store_unavailable"
     retryable = True
 
 
