@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +17,7 @@ from sqlalchemy import Connection, select
 
 from persona_sdk.errors import PersonaError, StoreError
 from persona_sdk.memory.database import Database, translated
+from persona_sdk.memory.rows import chunks
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.vault import Vault
 from persona_sdk.tensors import Digest
@@ -83,12 +84,14 @@ class StoreCore:
     def blobs_written(self, blobs: Iterable[tuple[Digest, bytes]]) -> Iterator[None]:
         """Write encoded blobs before the transaction of the block; take the new ones back if it fails."""
         new: list[Digest] = []
+        encoded = list(blobs)
         try:
-            with translated(self.folder):
-                for name, data in blobs:
+            with translated(self.folder), self.vault.settling([name for name, _ in encoded]) as written:
+                for name, data in encoded:
                     if self.vault.write(name, data):
                         new.append(name)
-            yield
+                written()
+                yield
         except BaseException:
             with contextlib.suppress(PersonaError):
                 self.drop_unnamed(new)
@@ -98,28 +101,33 @@ class StoreCore:
         """Delete the blobs that no row names any more; their sizes. Excludes every writer meanwhile."""
         if not digests:
             return {}
-        with self.writing() as connection:
-            named = self._named(connection)
-            return {name: self.vault.delete(name) for name in digests if name not in named}
+        with self.vault.settling(digests) as written:
+            with self.writing() as connection:
+                named = self._named(connection, digests)
+                deleted = {name: self.vault.delete(name) for name in digests if name not in named}
+            written()
+            return deleted
 
     def sweep(self) -> None:
         """Delete what crashes left behind. Nothing is locked when there is nothing to do."""
         with self.reading() as connection:
-            found = self.vault.candidates(self._named(connection))
+            found = self.vault.candidates(partial(self._named, connection))
         if found:
             with contextlib.suppress(PersonaError):
                 self._drop_orphans()
 
     def _drop_orphans(self, **age: float) -> None:
         with self.writing() as connection:
-            for file in self.vault.candidates(self._named(connection), **age):
+            for file in self.vault.candidates(partial(self._named, connection), **age):
                 file.unlink(missing_ok=True)
 
     @staticmethod
-    def _named(connection: Connection) -> set[Digest]:
-        return set(
-            connection.execute(select(cubes.c.blob).where(cubes.c.blob.is_not(None)).distinct()).scalars()
-        )
+    def _named(connection: Connection, digests: Sequence[Digest]) -> set[Digest]:
+        """Those of `digests` that a row names, whoever's it is."""
+        found: set[Digest] = set()
+        for part in chunks(digests):
+            found |= set(connection.execute(select(cubes.c.blob).where(cubes.c.blob.in_(part))).scalars())
+        return found
 
     def on_forget(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with the owner whenever cubes of it were erased."""

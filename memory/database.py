@@ -21,7 +21,15 @@ from sqlalchemy import Connection, Engine
 from persona_sdk.errors import SchemaError
 from persona_sdk.memory.database_errors import translated
 
-__all__ = ["BACKUP_GLOB", "MIGRATIONS", "Database", "newest_version", "require_known", "translated", "upgrade"]
+__all__ = [
+    "BACKUP_GLOB",
+    "MIGRATIONS",
+    "Database",
+    "newest_version",
+    "require_known",
+    "translated",
+    "upgrade",
+]
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BACKUP_GLOB = "personas.db.before-*.bak"  # copies that SQLite's migration makes

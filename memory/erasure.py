@@ -97,6 +97,7 @@ def _erase(
         asked = chosen(connection)
         by_owner = _with_derived(connection, [(owner, cube_id) for cube_id in asked])
         blobs = {blob for who, ids in by_owner.items() for blob in _blobs_of(connection, who, ids)}
+        store.vault.suspect(blobs)  # or a crash after the transaction would leave them for good
         for who, ids in by_owner.items():
             if everything and who == owner:
                 continue

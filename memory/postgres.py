@@ -114,7 +114,7 @@ class PostgreSQL(Database):
         try:
             with self._outside.connect() as connection:
                 connection.exec_driver_sql(f"VACUUM (INDEX_CLEANUP ON) {', '.join(names)}")
-                return connection.execute(_DEAD, {"names": names}).scalar_one() == 0
+                return int(connection.execute(_DEAD, {"names": names}).scalar_one()) == 0
         except DBAPIError:
             return False
 

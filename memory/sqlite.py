@@ -18,7 +18,14 @@ from typing import Self
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 
 from persona_sdk import files
-from persona_sdk.memory.database import BACKUP_GLOB, Database, newest_version, require_known, translated, upgrade
+from persona_sdk.memory.database import (
+    BACKUP_GLOB,
+    Database,
+    newest_version,
+    require_known,
+    translated,
+    upgrade,
+)
 from persona_sdk.memory.database_errors import sqlite_code
 
 _PRAGMAS = ("foreign_keys=ON", "secure_delete=ON", "synchronous=FULL", "temp_store=MEMORY")

@@ -31,9 +31,7 @@ class MemoryStore(StoreReader):
     """An open store. Make one with `MemoryStore.open`; it is a context manager."""
 
     @classmethod
-    def open(
-        cls, path: str | Path, *, blobs: str | Path | None = None, busy_timeout: float = 10.0
-    ) -> Self:
+    def open(cls, path: str | Path, *, blobs: str | Path | None = None, busy_timeout: float = 10.0) -> Self:
         """Open a store, creating it, migrating an older schema, sweeping up after crashes.
 
         Args:
