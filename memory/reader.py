@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxtyping import Float32
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from torch import Tensor
 
 from persona_sdk.errors import CorruptBlobError, NotFoundError
@@ -14,6 +14,9 @@ from persona_sdk.memory.database import translated
 from persona_sdk.memory.revisions import PersonaRecord, Revision
 from persona_sdk.memory.schema import cubes, from_column, memberships, personas
 from persona_sdk.tensors import Digest, TensorBundle
+
+
+_MARK = select(personas.c.head, personas.c.stamp).where(personas.c.owner == bindparam("of"))
 
 
 class StoreReader(StoreCore):
@@ -42,8 +45,7 @@ class StoreReader(StoreCore):
     def mark(self, owner: str) -> tuple[int, str]:
         """The newest revision and a string that changes with every write to the owner; for caches."""
         with self.reading() as connection:
-            query = select(personas.c.head, personas.c.stamp).where(personas.c.owner == owner)
-            row = connection.execute(query).first()
+            row = connection.execute(_MARK, {"of": owner}).first()
             return (row.head, row.stamp) if row else (0, "")
 
     def cubes(self, owner: str, *, revision: int | None = None, kind: str | None = None) -> list[MemCube]:
