@@ -15,7 +15,6 @@ from persona_sdk.memory.revisions import PersonaRecord, Revision
 from persona_sdk.memory.schema import cubes, from_column, memberships, personas
 from persona_sdk.tensors import Digest, TensorBundle
 
-
 _MARK = select(personas.c.head, personas.c.stamp).where(personas.c.owner == bindparam("of"))
 
 

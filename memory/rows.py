@@ -93,13 +93,13 @@ def insert_cube(
 ) -> str:
     """Write a draft as a cube of revision `number`; return its id. Opens no interval."""
     name = cube_id or uuid.uuid4().hex
-    values = {"owner": owner, "id": name, "kind": draft.kind, "text": draft.text, "blob": blob}
-    values |= {"revision": number, "slot": draft.header.slot}
+    header = draft.header.model_dump_json()
+    require_readable(header)
+    values: dict[str, Any] = {"owner": owner, "id": name, "kind": draft.kind, "text": draft.text}
+    values |= {"blob": blob, "header": header, "revision": number, "slot": draft.header.slot}
     for moment in ("valid_from", "valid_to", "expires_at"):
         found = getattr(draft.header, moment)
         values[moment] = None if found is None else to_column(found)
-    values["header"] = draft.header.model_dump_json()
-    require_readable(values["header"])
     connection.execute(_ADD_CUBE, values)
     if links := {(source.owner, source.cube_id) for source in draft.header.sources}:
         rows = [
