@@ -109,6 +109,11 @@ class Cells:
         self._folder = folder
         self.commits: set[str] = set()
 
+    @property
+    def folder(self) -> Path | None:
+        """Where cells are kept; a part may keep beside them what its cells are about."""
+        return self._folder
+
     def finished(self, key: str) -> dict[str, Any] | None:
         """The stored cell, or None if there is none that can be read."""
         if self._folder is None or not (path := self._folder / f"{key}.json").exists():

@@ -7,18 +7,17 @@
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, select
 
 from persona_sdk.errors import PersonaError, StoreError
-from persona_sdk.memory import database
-from persona_sdk.memory.database import translated
+from persona_sdk.memory.database import Database, translated
+from persona_sdk.memory.rows import chunks
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.vault import Vault
 from persona_sdk.tensors import Digest
@@ -27,52 +26,51 @@ logger = logging.getLogger("persona_sdk.memory")
 
 
 class StoreCore:
-    """An open folder: transactions, blobs and the listeners that hear of erasures."""
+    """An open store: transactions, blobs and the listeners that hear of erasures."""
 
-    def __init__(self, folder: Path, engine: Engine, vault: Vault) -> None:
-        self.folder = folder
+    def __init__(self, database: Database, vault: Vault) -> None:
+        self.folder = database.folder
         self.vault = vault
-        self._engine: Engine | None = engine
+        self._database: Database | None = database
         self._process = os.getpid()
-        self._lock = threading.RLock()
         self._forget_listeners: list[Callable[[str], None]] = []
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A read transaction. For modules of this package: whoever uses it names the owner in every query."""
         self._require_process()
-        with translated(self.folder), self._open_engine().connect() as connection, connection.begin():
+        with translated(self.folder), self._open_database().reading() as connection:
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """The one write transaction, for modules of this package; rolled back when the block raises."""
+    def writing(self, owner: str | None = None) -> Iterator[Connection]:
+        """A write transaction, for modules of this package; rolled back when the block raises.
+
+        It excludes every other writer; with `owner`, whose rows are then the only ones to be written, it
+        may exclude no more than those of that owner and those that name none.
+        """
         self._require_process()
-        with (
-            self._lock,
-            translated(self.folder),
-            self._open_engine().execution_options(immediate=True).begin() as connection,
-        ):
+        with translated(self.folder), self._open_database().writing(owner) as connection:
             yield connection
 
     def _require_process(self) -> None:
-        # SQLite connections do not survive a fork: the parent would delete the log the child writes to.
+        # Connections do not survive a fork: SQLite's parent would delete the log the child writes to, and
+        # two processes would speak to PostgreSQL at once.
         if os.getpid() != self._process:
             raise StoreError(
                 "The store was opened before this process was forked.", hint="Open it again in each process."
             )
 
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
+    def _open_database(self) -> Database:
+        if self._database is None:
             raise StoreError("The store is closed.", hint="Open it again with MemoryStore.open.")
-        return self._engine
+        return self._database
 
     def close(self) -> None:
         """Close all connections; any later use of the store is a `StoreError`."""
-        with self._lock:
-            engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.dispose()
+        database, self._database = self._database, None
+        if database is not None:
+            database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -86,12 +84,14 @@ class StoreCore:
     def blobs_written(self, blobs: Iterable[tuple[Digest, bytes]]) -> Iterator[None]:
         """Write encoded blobs before the transaction of the block; take the new ones back if it fails."""
         new: list[Digest] = []
+        encoded = list(blobs)
         try:
-            with translated(self.folder):
-                for name, data in blobs:
+            with translated(self.folder), self.vault.settling([name for name, _ in encoded]) as written:
+                for name, data in encoded:
                     if self.vault.write(name, data):
                         new.append(name)
-            yield
+                written()
+                yield
         except BaseException:
             with contextlib.suppress(PersonaError):
                 self.drop_unnamed(new)
@@ -101,28 +101,33 @@ class StoreCore:
         """Delete the blobs that no row names any more; their sizes. Excludes every writer meanwhile."""
         if not digests:
             return {}
-        with self.writing() as connection:
-            named = self._named(connection)
-            return {name: self.vault.delete(name) for name in digests if name not in named}
+        with self.vault.settling(digests) as written:
+            with self.writing() as connection:
+                named = self._named(connection, digests)
+                deleted = {name: self.vault.delete(name) for name in digests if name not in named}
+            written()
+            return deleted
 
     def sweep(self) -> None:
         """Delete what crashes left behind. Nothing is locked when there is nothing to do."""
         with self.reading() as connection:
-            found = self.vault.candidates(self._named(connection))
+            found = self.vault.candidates(partial(self._named, connection))
         if found:
             with contextlib.suppress(PersonaError):
                 self._drop_orphans()
 
     def _drop_orphans(self, **age: float) -> None:
         with self.writing() as connection:
-            for file in self.vault.candidates(self._named(connection), **age):
+            for file in self.vault.candidates(partial(self._named, connection), **age):
                 file.unlink(missing_ok=True)
 
     @staticmethod
-    def _named(connection: Connection) -> set[Digest]:
-        return set(
-            connection.execute(select(cubes.c.blob).where(cubes.c.blob.is_not(None)).distinct()).scalars()
-        )
+    def _named(connection: Connection, digests: Sequence[Digest]) -> set[Digest]:
+        """Those of `digests` that a row names, whoever's it is."""
+        found: set[Digest] = set()
+        for part in chunks(digests):
+            found |= set(connection.execute(select(cubes.c.blob).where(cubes.c.blob.in_(part))).scalars())
+        return found
 
     def on_forget(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with the owner whenever cubes of it were erased."""
@@ -144,5 +149,4 @@ class StoreCore:
             self._drop_orphans(min_age=0.0)
         except StoreError:
             return False
-        with self._lock:
-            return database.scrub(self._open_engine(), self.folder)
+        return self._open_database().scrub()

@@ -17,9 +17,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import Connection, LargeBinary, cast, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from persona_sdk.errors import NotFoundError, StoreError
 from persona_sdk.memory import events, governance, lifecycle, revisions
@@ -28,6 +27,7 @@ from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.rows import CHUNK, lookup
 from persona_sdk.memory.schema import (
+    ByteLength,
     cubes,
     erasures,
     grants,
@@ -118,6 +118,7 @@ def _erase(
         by_owner = _with_derived(connection, [(owner, cube_id) for cube_id in asked])
         lifecycle.require_erasable(connection, by_owner, owner)
         blobs = {blob for who, ids in by_owner.items() for blob in _blobs_of(connection, who, ids)}
+        store.vault.suspect(blobs)  # or a crash after the transaction would leave them for good
         for who, ids in by_owner.items():
             if everything and who == owner:
                 continue
@@ -231,15 +232,10 @@ def _bury(
     _delete_cubes(connection, owner, ids, tally)
 
 
-def _byte_length(column: Any) -> Any:
-    return func.length(cast(column, LargeBinary))
-
-
 def _delete_cubes(connection: Connection, owner: str, ids: Sequence[str], tally: _Tally) -> None:
     """Delete cubes with all rows that hang on them, and count."""
-    size = func.coalesce(
-        func.sum(_byte_length(cubes.c.header) + _byte_length(func.coalesce(cubes.c.text, ""))), 0
-    )
+    text = func.coalesce(cubes.c.text, "")
+    size = func.coalesce(func.sum(ByteLength(cubes.c.header) + ByteLength(text)), 0)
     for part in _chunks(ids):
         mine = (cubes.c.owner == owner) & cubes.c.id.in_(part)
         tally.bytes += connection.execute(select(size).where(mine)).scalar_one()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxtyping import Float32
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from torch import Tensor
 
 from persona_sdk.errors import CorruptBlobError, NotFoundError
@@ -15,6 +15,8 @@ from persona_sdk.memory.revisions import PersonaRecord, Revision
 from persona_sdk.memory.schema import cubes, from_column, memberships, personas
 from persona_sdk.tensors import Digest, TensorBundle
 
+_MARK = select(personas.c.head, personas.c.stamp).where(personas.c.owner == bindparam("of"))
+
 
 class StoreReader(StoreCore):
     """What can be read from an open store; `persona_sdk.memory.MemoryStore` adds the writing."""
@@ -25,10 +27,9 @@ class StoreReader(StoreCore):
             memberships.c.owner == personas.c.owner, memberships.c.to_revision.is_(None)
         )
         with self.reading() as connection:
-            found = connection.execute(
-                select(personas, live.scalar_subquery().label("live")).order_by("owner")
-            )
-            return [PersonaRecord(p.owner, p.kind, p.head, p.live, from_column(p.created_at)) for p in found]
+            found = connection.execute(select(personas, live.scalar_subquery().label("live")))
+            known = [PersonaRecord(p.owner, p.kind, p.head, p.live, from_column(p.created_at)) for p in found]
+        return sorted(known, key=lambda persona: persona.id)  # a database's order is that of its language
 
     def kind_of(self, owner: str) -> str | None:
         """``"user"``, ``"group"``, or None for an unknown persona."""
@@ -43,8 +44,7 @@ class StoreReader(StoreCore):
     def mark(self, owner: str) -> tuple[int, str]:
         """The newest revision and a string that changes with every write to the owner; for caches."""
         with self.reading() as connection:
-            query = select(personas.c.head, personas.c.stamp).where(personas.c.owner == owner)
-            row = connection.execute(query).first()
+            row = connection.execute(_MARK, {"of": owner}).first()
             return (row.head, row.stamp) if row else (0, "")
 
     def cubes(self, owner: str, *, revision: int | None = None, kind: str | None = None) -> list[MemCube]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, Table, insert, or_, select, update
+from sqlalchemy import Connection, Table, bindparam, insert, or_, select, update
 
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError, RevisionConflictError
@@ -51,9 +51,12 @@ class PersonaRecord:
     created_at: datetime
 
 
+_HEAD = select(personas.c.head).where(personas.c.owner == bindparam("of"))
+
+
 def head(connection: Connection, owner: str) -> int:
     """The newest revision of an owner, 0 when there is none."""
-    return connection.execute(select(personas.c.head).where(personas.c.owner == owner)).scalar() or 0
+    return connection.execute(_HEAD, {"of": owner}).scalar() or 0
 
 
 def resolve(connection: Connection, owner: str, revision: int | None) -> int:

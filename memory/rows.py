@@ -4,13 +4,13 @@ Every function works inside the caller's transaction and takes the owner it is a
 """
 
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32
-from sqlalchemy import Connection, Select, Table, func, insert, select
+from sqlalchemy import Connection, Select, Table, bindparam, func, insert, select
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError, NotFoundError
@@ -20,6 +20,11 @@ from persona_sdk.tensors import Digest
 
 FIRST: State = "generated"  # of a cube that has no row in `states`
 CHUNK = 500  # ids in one statement; SQLite limits the parameters of a statement
+
+
+def chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """`ids` in parts that one statement can take."""
+    return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
 
 
 def to_cube(row: Any) -> MemCube:
@@ -34,6 +39,27 @@ def select_cubes(*, join: Table | None = None) -> Select[Any]:
     same = (states.c.owner == cubes.c.owner) & (states.c.cube_id == cubes.c.id)
     tables = cubes.outerjoin(states, same) if join is None else cubes.join(join).outerjoin(states, same)
     return select(cubes, states.c.state).select_from(tables)
+
+
+# What every commit and every search executes is built once: building a statement and the key of its compiled
+# form takes longer than executing it.
+_LOOKUP = select_cubes().where(
+    cubes.c.owner == bindparam("of"), cubes.c.id.in_(bindparam("ids", expanding=True))
+)
+_OWNED = select(cubes.c.id).where(
+    cubes.c.owner == bindparam("of"), cubes.c.id.in_(bindparam("ids", expanding=True))
+)
+_EMBEDDED = select(vectors.c.cube_id).where(
+    vectors.c.owner == bindparam("of"),
+    vectors.c.encoder == bindparam("by"),
+    vectors.c.cube_id.in_(bindparam("ids", expanding=True)),
+)
+_BYTES_LONG = (
+    select(func.length(vectors.c.data))
+    .where(vectors.c.owner == bindparam("of"), vectors.c.encoder == bindparam("by"))
+    .limit(1)
+)
+_ADD_CUBE, _ADD_SOURCE, _ADD_VECTOR = insert(cubes), insert(sources), insert(vectors)
 
 
 def read_cubes(
@@ -51,9 +77,9 @@ def read_cubes(
 def lookup(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, MemCube]:
     """The owner's cubes among `ids`, live or not; what is not there is left out."""
     found: dict[str, MemCube] = {}
-    for start in range(0, len(ids), CHUNK):
-        query = select_cubes().where(cubes.c.owner == owner, cubes.c.id.in_(ids[start : start + CHUNK]))
-        found |= {row.id: to_cube(row) for row in connection.execute(query)}
+    for part in chunks(ids):
+        rows = connection.execute(_LOOKUP, {"of": owner, "ids": part})
+        found |= {row.id: to_cube(row) for row in rows}
     return {cube_id: found[cube_id] for cube_id in ids if cube_id in found}
 
 
@@ -67,21 +93,21 @@ def insert_cube(
 ) -> str:
     """Write a draft as a cube of revision `number`; return its id. Opens no interval."""
     name = cube_id or uuid.uuid4().hex
-    values = {"id": name, "kind": draft.kind, "text": draft.text, "blob": blob, "revision": number}
-    values |= {"slot": draft.header.slot}
+    header = draft.header.model_dump_json()
+    require_readable(header)
+    values: dict[str, Any] = {"owner": owner, "id": name, "kind": draft.kind, "text": draft.text}
+    values |= {"blob": blob, "header": header, "revision": number, "slot": draft.header.slot}
     for moment in ("valid_from", "valid_to", "expires_at"):
         found = getattr(draft.header, moment)
         values[moment] = None if found is None else to_column(found)
-    header = draft.header.model_dump_json()
-    require_readable(header)
-    connection.execute(insert(cubes).values(owner=owner, header=header, **values))
+    connection.execute(_ADD_CUBE, values)
     if links := {(source.owner, source.cube_id) for source in draft.header.sources}:
         rows = [
             {"owner": owner, "cube_id": name, "source_owner": o, "source_id": i} for o, i in sorted(links)
         ]
-        connection.execute(insert(sources), rows)
+        connection.execute(_ADD_SOURCE, rows)
     if draft.vector is not None and draft.encoder is not None:
-        insert_vectors(connection, owner, draft.encoder, {name: draft.vector})
+        _write_vectors(connection, owner, draft.encoder, {name: draft.vector})  # new: it has none yet
     return name
 
 
@@ -122,16 +148,27 @@ def insert_vectors(connection: Connection, owner: str, encoder: str, given: Mapp
         InvalidInputError: a vector is unusable or of another length than the encoder's others.
         NotFoundError: a cube is not the owner's.
     """
-    if missing := set(given) - set(lookup(connection, owner, list(given))):
+    missing, present = set(given), set[str]()
+    for part in chunks(list(given)):
+        missing -= set(connection.execute(_OWNED, {"of": owner, "ids": part}).scalars())
+        asked = {"of": owner, "by": encoder, "ids": part}
+        present |= set(connection.execute(_EMBEDDED, asked).scalars())
+    if missing:
         raise NotFoundError(
             f"No cube {min(missing)!r:.60} belongs to {owner!r}.", hint="Nothing was written."
         )
-    mine = (vectors.c.owner == owner) & (vectors.c.encoder == encoder)
-    bytes_long = connection.execute(select(func.length(vectors.c.data)).where(mine).limit(1)).scalar()
-    present = (
-        set(connection.execute(select(vectors.c.cube_id).where(mine)).scalars()) if len(given) > 1 else set()
-    )
-    written = 0
+    return _write_vectors(connection, owner, encoder, given, present)
+
+
+def _write_vectors(
+    connection: Connection,
+    owner: str,
+    encoder: str,
+    given: Mapping[str, Tensor],
+    present: Collection[str] = (),
+) -> int:
+    bytes_long = connection.execute(_BYTES_LONG, {"of": owner, "by": encoder}).scalar()
+    fresh = []
     for cube_id, vector in given.items():
         data = check_vector(vector, encoder).numpy().astype("<f4").tobytes()
         if len(data) != (bytes_long := bytes_long or len(data)):
@@ -140,9 +177,10 @@ def insert_vectors(connection: Connection, owner: str, encoder: str, given: Mapp
                 hint=f"This encoder's have {bytes_long // 4}.",
             )
         if cube_id not in present:
-            row = insert(vectors).prefix_with("OR IGNORE").values(cube_id=cube_id, data=data)
-            written += connection.execute(row.values(owner=owner, encoder=encoder)).rowcount
-    return written
+            fresh.append({"owner": owner, "cube_id": cube_id, "encoder": encoder, "data": data})
+    if fresh:
+        connection.execute(_ADD_VECTOR, fresh)
+    return len(fresh)
 
 
 def to_vector(data: bytes) -> Float32[Tensor, "d"]:

@@ -24,6 +24,7 @@ The tables are created by `migrations`; a test keeps both descriptions equal.
 """
 
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import (
     CheckConstraint,
@@ -42,6 +43,9 @@ from sqlalchemy import (
     UniqueConstraint,
     or_,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import GenericFunction
 
 metadata = MetaData()
 
@@ -253,6 +257,23 @@ erasures = Table(
     Column("at", String, nullable=False),
     Column("counts", Text, nullable=False),
 )
+
+
+class ByteLength(GenericFunction[int]):
+    """Bytes of a text in UTF-8, for which SQLite and PostgreSQL have no common function."""
+
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(ByteLength, "sqlite")
+def _in_sqlite(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
+    return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
+
+
+@compiles(ByteLength)
+def _elsewhere(element: ByteLength, compiler: SQLCompiler, **options: Any) -> str:
+    return f"octet_length({compiler.process(element.clauses, **options)})"
 
 
 def live_at(table: Table, owner: str, revision: int) -> ColumnElement[bool]:

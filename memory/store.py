@@ -1,6 +1,6 @@
-"""The store of personas' memory: one folder, one database, one vault of tensors.
+"""The store of personas' memory: one database, one vault of tensors.
 
-    <folder>/personas.db                              the truth (SQLite, WAL)
+    <folder>/personas.db                              the truth (SQLite, WAL), or tables of PostgreSQL
     <folder>/blobs/<2 hex>/<digest>.safetensors       payload tensors, named by content
 
 `MemoryStore.commit` is the one way in: it appends a revision that adds, retires and regroups, or fails
@@ -20,7 +20,6 @@ from persona_sdk.memory import (
     archive,
     audit,
     commits,
-    database,
     erasure,
     events,
     governance,
@@ -32,13 +31,15 @@ from persona_sdk.memory import (
 )
 from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.cube import CubeDraft, State, check_vector, clean_text
-from persona_sdk.memory.database import translated
+from persona_sdk.memory.database import Database, translated
 from persona_sdk.memory.events import Event, Head
 from persona_sdk.memory.governance import Granted, Principal
+from persona_sdk.memory.postgres import PostgreSQL, is_url
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.revisions import Revision
 from persona_sdk.memory.snapshots import MemoryView, Snapshot, When
+from persona_sdk.memory.sqlite import SQLite
 from persona_sdk.memory.vault import Vault, encode
 
 
@@ -46,28 +47,41 @@ class MemoryStore(StoreReader):
     """An open store. Make one with `MemoryStore.open`; it is a context manager."""
 
     @classmethod
-    def open(cls, path: str | Path, *, busy_timeout: float = 10.0) -> Self:
-        """Open the store in a folder, creating both, migrating an older schema, sweeping up after crashes.
+    def open(cls, path: str | Path, *, blobs: str | Path | None = None, busy_timeout: float = 10.0) -> Self:
+        """Open a store, creating it, migrating an older schema, sweeping up after crashes.
 
         Args:
-            path: the folder.
+            path: the folder; or ``postgresql+psycopg://...``, see `persona_sdk.memory.postgres`.
+            blobs: the folder of the tensors of a store in PostgreSQL; None takes the URL's, or one of the
+                user's that belongs to that database. A folder's store keeps them in the folder.
             busy_timeout: seconds a write waits for another process's.
 
         Raises:
+            InvalidInputError: the URL names no kind of store, or `blobs` is given with a folder.
             SchemaError: the schema is newer than this code; nothing was changed.
-            StoreError: the folder cannot be used.
+            StoreUnavailableError: the database server cannot be reached.
+            StoreError: the folder or the database cannot be used.
         """
-        folder = Path(path)
-        with translated(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            engine = database.open_database(folder / "personas.db", busy_timeout=busy_timeout)
-            try:
-                store = cls(folder, engine, Vault(folder / "blobs"))
+        if is_url(path):
+            place = None if blobs is None else Path(blobs)
+            database: Database = PostgreSQL.open(str(path), blobs=place, busy_timeout=busy_timeout)
+        elif blobs is not None:
+            raise InvalidInputError(
+                "A folder's store keeps its blobs there.", hint="Give blobs only with a URL."
+            )
+        else:
+            folder = Path(path)
+            with translated(folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            database = SQLite.open(folder, busy_timeout=busy_timeout)
+        try:
+            with translated(database.folder):
+                store = cls(database, Vault(database.folder / "blobs"))
                 store.sweep()
-            except BaseException:
-                engine.dispose()
-                raise
-            return store
+        except BaseException:
+            database.close()
+            raise
+        return store
 
     # Writing ------------------------------------------------------------------------------------------
 
@@ -106,7 +120,9 @@ class MemoryStore(StoreReader):
         note = clean_text(message or "", "message")
         drafts = [draft.checked() for draft in add]
         blobs = [None if draft.payload is None else encode(draft.payload) for draft in drafts]
-        with self._lock, self.blobs_written(filter(None, blobs)), self.writing() as connection:
+        # Joining a group looks at whether other personas are users, so it excludes their writers too.
+        alone = owner if groups is None else None
+        with self.blobs_written(filter(None, blobs)), self.writing(alone) as connection:
             number = revisions.advance(connection, owner, kind=kind, parent=parent, message=note)
             lifecycle.require_unfrozen(connection, owner, list(retire))
             revisions.close_cubes(connection, owner, list(dict.fromkeys(retire)), number)
@@ -139,7 +155,7 @@ class MemoryStore(StoreReader):
         """
         for vector in vectors.values():
             check_vector(vector, encoder)
-        with self.writing() as connection:
+        with self.writing(owner) as connection:
             written = rows.insert_vectors(connection, owner, encoder, vectors)
             if written:
                 revisions.touch(connection, owner)

@@ -4,12 +4,17 @@ A blob is written to a temporary file, synced, renamed and its folder synced, *b
 names it. After a crash there may thus be a blob that nothing names, which `candidates` finds later, but
 never a name without its blob. Every read recomputes the digest.
 
+A folder ``<two hex>`` whose time of change is `IN_ORDER` was left, or found, without leftovers. Whatever is
+created or removed in it changes that time, so a crash cannot leave the mark behind.
+
 The vault knows no owners: who may read what is decided by the rows of the store.
 """
 
+import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,6 +25,7 @@ from persona_sdk.errors import CorruptBlobError, InvalidInputError
 from persona_sdk.tensors import Digest, TensorBundle, digest, freeze
 
 SUFFIX = ".safetensors"
+IN_ORDER = 0  # the time of change, in ns since 1970, of a folder without leftovers
 MIN_AGE = 600.0  # seconds; another process may be between writing a blob and naming it
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -133,17 +139,75 @@ class Vault:
         files.sync(target.parent)
         return size
 
-    def candidates(self, named: Collection[Digest], *, min_age: float = MIN_AGE) -> list[Path]:
-        """Files older than `min_age` seconds whose digest is not among `named`, and old temporary ones."""
-        before = time.time() - min_age
+    # Leftovers ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def settling(self, names: Collection[Digest]) -> Iterator[Callable[[], None]]:
+        """For whoever changes the folders of `names`: call what is yielded when the files are changed.
+
+        Folders that were in order then count as in order again after the block, unless it raises or
+        somebody else has changed them meanwhile.
+        """
+        folders = {self.path(name).parent for name in names}
+        before = {folder: _changed_at(folder) for folder in folders}
+        after: dict[Path, int | None] = {}
+        yield lambda: after.update({folder: _changed_at(folder) for folder in folders})
+        for folder, moment in after.items():
+            if before[folder] in (IN_ORDER, None):
+                _settle(folder, moment)
+
+    def suspect(self, names: Collection[Digest]) -> None:
+        """Have the folders of `names` looked at again, although nothing has changed in them yet."""
+        for folder in {self.path(name).parent for name in names}:
+            with suppress(FileNotFoundError):
+                os.utime(folder)
+                files.sync(folder)
+
+    def candidates(
+        self, named: Callable[[Sequence[Digest]], Collection[Digest]], *, min_age: float = MIN_AGE
+    ) -> list[Path]:
+        """Blobs older than `min_age` seconds that nothing names, and old temporary files.
+
+        Only folders that are not known to be in order are looked at, so that this takes the time of what
+        there is to do.
+
+        Args:
+            named: which of some digests have a row that names them.
+            min_age: seconds.
+        """
         found = []
-        for file in self.folder.glob("[0-9a-f][0-9a-f]/*"):
-            orphan = file.suffix == SUFFIX and is_digest(file.stem) and file.stem not in named
-            try:
-                # A partial may be in use by a writer that has not reached its transaction yet.
-                oldest = before if orphan else time.time() - max(min_age, MIN_AGE)
-                if (orphan or file.suffix == ".tmp") and file.stat().st_mtime < oldest:
-                    found.append(file)
-            except FileNotFoundError:
+        for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
+            changed = _changed_at(folder)
+            if changed == IN_ORDER:
                 continue
+            blobs = [file for file in folder.glob(f"*{SUFFIX}") if is_digest(file.stem)]
+            kept = named([file.stem for file in blobs]) if blobs else ()
+            partials = list(folder.glob("*.tmp"))
+            orphans = [file for file in blobs if file.stem not in kept]
+            found += [file for file in orphans if _older(file, min_age)]
+            # A partial may be in use by a writer that has not reached its transaction yet.
+            found += [file for file in partials if _older(file, max(min_age, MIN_AGE))]
+            if not orphans and not partials and _older(folder, MIN_AGE):
+                _settle(folder, changed)  # nobody who is at work now has begun before
         return found
+
+
+def _changed_at(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _older(path: Path, seconds: float) -> bool:
+    try:
+        return path.stat().st_mtime < time.time() - seconds
+    except FileNotFoundError:
+        return False
+
+
+def _settle(folder: Path, moment: int | None) -> None:
+    """Mark a folder as in order, if it is as it was at `moment`."""
+    with suppress(OSError):  # it is only looked at once more
+        if _changed_at(folder) == moment:
+            os.utime(folder, ns=(IN_ORDER, IN_ORDER))

@@ -25,6 +25,7 @@
         ├── LifecycleError           a move between states of life that is not legal
         ├── FrozenError              a frozen cube would be changed, or one on legal hold erased
         ├── RateLimitError           a principal writes faster than it may               (retryable)
+        ├── StoreUnavailableError    the database server is away or dropped the connection (retryable)
         └── ArchiveError             a .memcube archive that is damaged or unsafe
 
 ``code`` is stable and meant for programs, ``hint`` is the next action for people, ``retryable`` says
@@ -198,6 +199,13 @@ class RateLimitError(StoreError):
     """A principal has written as much as it may for now."""
 
     code = "rate_limited"
+    retryable = True
+
+
+class StoreUnavailableError(StoreError):
+    """The store's database server cannot be reached; whether the last write was made may be unknown."""
+
+    code = "store_unavailable"
     retryable = True
 
 

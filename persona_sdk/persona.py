@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 class Persona:
     """One user or one group of a `PersonaModel`. Get one from `PersonaModel.persona` or `.group`."""
 
-    def __init__(self, model: "PersonaModel", persona_id: str, *, kind: Literal["user", "group"] = "user") -> None:
+    def __init__(
+        self, model: "PersonaModel", persona_id: str, *, kind: Literal["user", "group"] = "user"
+    ) -> None:
         self.id = validate_id(persona_id)
         self.kind = kind
         self._model = model

@@ -51,6 +51,13 @@ def folder(tmp_path: Path, alice: Path) -> Path:
 
 
 @pytest.fixture
+def store(folder: Path) -> Iterator[MemoryStore]:
+    """That copy. Archives of other databases are a matter of `test_postgres`."""
+    with MemoryStore.open(folder) as opened:
+        yield opened
+
+
+@pytest.fixture
 def archive(tmp_path: Path, alice: Path) -> Path:
     return Path(shutil.copy(alice.parent / "alice.memcube", tmp_path))
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_sdk.errors import CorruptBlobError
+from persona_sdk.errors import CorruptBlobError, NotFoundError
 from persona_sdk.memory import CubeDraft, MemoryStore
 from persona_sdk.memory.vault import Vault, encode
 from persona_sdk.tensors import digest
@@ -90,8 +90,10 @@ def test_views_that_share_memory_are_stored_apart(store: MemoryStore) -> None:
     assert torch.equal(store.load_blob("alice", blob)["part"], base.T[1:])
 
 
-def test_leftovers_of_crashes_are_swept_but_nothing_else(folder: Path, weights: Maker) -> None:
-    with MemoryStore.open(folder) as store:
+def test_leftovers_of_crashes_are_swept_but_nothing_else(
+    open_store: Callable[[], MemoryStore], weights: Maker
+) -> None:
+    with open_store() as store:
         blob, named = stored(store, weights())
         orphan, data = encode({"x": torch.ones(3)})
         store.vault.write(orphan, data)
@@ -104,7 +106,7 @@ def test_leftovers_of_crashes_are_swept_but_nothing_else(folder: Path, weights: 
         past = time.time() - 3600
         for file in (old, foreign, path, named):
             os.utime(file, (past, past))
-    with MemoryStore.open(folder) as store:
+    with open_store() as store:
         assert not old.exists()
         assert not path.exists()
         assert young.exists(), "another process may be writing it"
@@ -113,8 +115,67 @@ def test_leftovers_of_crashes_are_swept_but_nothing_else(folder: Path, weights: 
         assert store.load_blob("alice", blob)
 
 
+def looked_at(vault: Vault) -> list[str]:
+    """The digests that a sweep would ask the database about."""
+    asked: list[str] = []
+
+    def named(digests: Sequence[str]) -> set[str]:
+        asked.extend(digests)
+        return set(digests)
+
+    vault.candidates(named)
+    return asked
+
+
+def test_what_is_in_order_is_not_looked_at_again(
+    open_store: Callable[[], MemoryStore], weights: Maker
+) -> None:
+    store = open_store()
+    first, file = stored(store, weights(1))
+    assert looked_at(store.vault) == [], "a commit that succeeds leaves nothing to do"
+    store.vault.write(first, file.read_bytes())
+    assert looked_at(store.vault) == [], "it was there already"
+    digests = [stored(store, weights(seed))[0] for seed in range(2, 6)]
+    with pytest.raises(NotFoundError):
+        store.commit("alice", add=[weights(6)], retire=["nobody"])
+    refused = encode(weights(6).payload or {})[0]
+    beside = [name for name in (first, *digests) if name[:2] == refused[:2]]
+    assert looked_at(store.vault) == beside, "where one was taken back"
+    partial = file.with_name("killed.tmp")
+    partial.touch()
+    assert first in looked_at(store.vault)
+    partial.unlink()
+    assert first in looked_at(store.vault), "somebody may be at work there"
+    past = time.time() - 3600
+    for folder in store.vault.folder.iterdir():
+        os.utime(folder, (past, past))
+    assert set(looked_at(store.vault)) == {first, *digests}
+    assert looked_at(store.vault) == []
+
+
+def test_a_crash_between_forgetting_rows_and_files_is_made_up_for(
+    open_store: Callable[[], MemoryStore], weights: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    blob, file = stored(store, weights())
+    os.utime(file, (0, 0))
+
+    def killed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "drop_unnamed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.forget_everything("alice")
+    assert store.vault.holds(blob)
+    open_store()
+    assert not store.vault.holds(blob)
+
+
 def test_a_blob_deleted_while_it_is_being_committed_again_is_written_again(
-    store: MemoryStore, folder: Path, weights: Maker, monkeypatch: pytest.MonkeyPatch
+    store: MemoryStore,
+    open_store: Callable[[], MemoryStore],
+    weights: Maker,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blob, _ = stored(store, weights())
     original = store.vault.write
@@ -122,7 +183,7 @@ def test_a_blob_deleted_while_it_is_being_committed_again_is_written_again(
     def write_then_lose(name: str, data: bytes) -> bool:
         monkeypatch.undo()
         written = original(name, data)
-        with MemoryStore.open(folder) as other:  # another process forgets the only cube that names the blob
+        with open_store() as other:  # another process forgets the only cube that names the blob
             assert other.forget_everything("alice").blobs == (blob,)
         return written
 

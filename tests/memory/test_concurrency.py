@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -13,26 +12,26 @@ from persona_sdk.testing import HashEmbedder
 
 
 @pytest.mark.parametrize("stores", [1, 2])
-def test_exactly_one_of_two_commits_with_the_same_parent_wins(folder: Path, stores: int) -> None:
-    with MemoryStore.open(folder) as one, MemoryStore.open(folder) as two:
-        handles = [one, two if stores == 2 else one]
-        for parent in range(8):
-            barrier = threading.Barrier(2)
+def test_exactly_one_of_two_commits_with_the_same_parent_wins(
+    open_store: Callable[[], MemoryStore], stores: int
+) -> None:
+    one, two = open_store(), open_store()
+    handles = [one, two if stores == 2 else one]
+    for parent in range(8):
+        barrier = threading.Barrier(2)
 
-            def commit(
-                handle: MemoryStore, parent: int = parent, barrier: threading.Barrier = barrier
-            ) -> bool:
-                barrier.wait()
-                try:
-                    handle.commit("alice", add=[CubeDraft.of(f"after {parent}")], parent=parent)
-                    return True
-                except RevisionConflictError:
-                    return False
+        def commit(handle: MemoryStore, parent: int = parent, barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            try:
+                handle.commit("alice", add=[CubeDraft.of(f"after {parent}")], parent=parent)
+                return True
+            except RevisionConflictError:
+                return False
 
-            with ThreadPoolExecutor(2) as pool:
-                assert sorted(pool.map(commit, handles)) == [False, True]
-            assert one.head("alice") == parent + 1
-        assert len(one.cubes("alice")) == 8
+        with ThreadPoolExecutor(2) as pool:
+            assert sorted(pool.map(commit, handles)) == [False, True]
+        assert one.head("alice") == parent + 1
+    assert len(one.cubes("alice")) == 8
 
 
 def test_readers_see_whole_revisions_while_others_write(

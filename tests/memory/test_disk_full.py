@@ -19,14 +19,14 @@ SCRIPT = Path(__file__).with_name("disk_full_script.py")
 
 
 def test_a_database_without_room_commits_nothing(
-    store: MemoryStore, weights: Callable[..., CubeDraft]
+    store: MemoryStore, folder: Path, weights: Callable[..., CubeDraft]
 ) -> None:
     """SQLite itself reports the full disk here; works where nothing can be mounted."""
     limit = {"pages": 80}
-    engine = store._engine
-    assert engine is not None
+    database = store._database
+    assert database is not None
 
-    @event.listens_for(engine, "begin")
+    @event.listens_for(database.engine, "begin")
     def limited(connection: object) -> None:
         connection.exec_driver_sql(f"PRAGMA max_page_count={limit['pages']}")  # type: ignore[attr-defined]
 
@@ -43,7 +43,7 @@ def test_a_database_without_room_commits_nothing(
     cubes = store.cubes("alice")
     assert len(cubes) == 2 * commits
     named = {cube.blob for cube in cubes if cube.blob}
-    assert {file.stem for file in store.folder.rglob("*.safetensors")} == named, (
+    assert {file.stem for file in folder.rglob("*.safetensors")} == named, (
         "the refused payload was taken back"
     )
     limit["pages"] = 10_000
@@ -85,8 +85,8 @@ def test_a_small_disk_fills_up_and_turns_read_only(tmp_path: Path) -> None:
     assert done.stdout.strip() == "all promises kept", done.stderr
 
 
-def test_a_writer_that_never_lets_go_is_a_retryable_error(folder: Path) -> None:
-    with MemoryStore.open(folder) as one, MemoryStore.open(folder, busy_timeout=0.05) as two:
+def test_a_writer_that_never_lets_go_is_a_retryable_error(open_store: Callable[..., MemoryStore]) -> None:
+    with open_store() as one, open_store(busy_timeout=0.05) as two:
         assert isinstance(two, StoreCore)
         with one.writing():
             with pytest.raises(StoreError) as caught:

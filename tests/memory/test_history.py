@@ -20,13 +20,19 @@ class HistoryMachine(RuleBasedStateMachine):
     since, and the groups.
     """
 
+    texts = TEXTS
+
     @initialize()
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.store = MemoryStore.open(Path(self.folder.name) / "store")
+        self.store = self.opened(Path(self.folder.name) / "store")
         self.cubes: dict[str, list[dict[str, str]]] = {owner: [{}] for owner in OWNERS}
         self.gone: dict[str, list[set[str]]] = {owner: [set()] for owner in OWNERS}
         self.groups: dict[str, list[tuple[str, ...]]] = {owner: [()] for owner in OWNERS}
+
+    def opened(self, folder: Path) -> MemoryStore:
+        """An empty store whose files are in `folder`."""
+        return MemoryStore.open(folder)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
@@ -35,11 +41,11 @@ class HistoryMachine(RuleBasedStateMachine):
 
     @rule(
         owner=st.sampled_from(OWNERS),
-        texts=st.lists(TEXTS, max_size=3),
         data=st.data(),
         groups=st.none() | st.lists(st.sampled_from(["g1", "g2", "g3"]), max_size=3, unique=True),
     )
-    def commit(self, owner: str, texts: list[str], data: st.DataObject, groups: list[str] | None) -> None:
+    def commit(self, owner: str, data: st.DataObject, groups: list[str] | None) -> None:
+        texts = data.draw(st.lists(self.texts, max_size=3))
         live = self.cubes[owner][-1]
         retire = data.draw(st.lists(st.sampled_from(sorted(live)), unique=True, max_size=2)) if live else []
         revision = self.store.commit(

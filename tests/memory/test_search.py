@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,9 +60,11 @@ def test_search_equals_brute_force_on_every_revision(
         store.forget_everything(owner)
 
 
-def test_the_index_follows_every_kind_of_write(folder: Path, note: Maker, embedder: HashEmbedder) -> None:
+def test_the_index_follows_every_kind_of_write(
+    open_store: Callable[[], MemoryStore], note: Maker, embedder: HashEmbedder
+) -> None:
     query = embedder.encode(["dogs"])[0]
-    with MemoryStore.open(folder) as store, MemoryStore.open(folder) as elsewhere:
+    with open_store() as store, open_store() as elsewhere:
         index = VectorIndex(store)
 
         def found() -> set[str]:
