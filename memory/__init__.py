@@ -3,7 +3,8 @@
     cube        the unit of memory: header and payload
     store       the one way in, and all reads, scoped to one owner
     index       nearest neighbours, exact, in memory
-    retrieval   passages for a query over several owners
+    retrieval   passages for a query over several owners, hybrid
+    routing     several sources: personas, groups, corpora, callables
 
 Truth is SQLite plus content-addressed safetensors; everything else is derived. This package knows neither
 adapters nor models: payloads are opaque tensors, and texts are data that nothing here interprets.
@@ -16,12 +17,15 @@ if __name__ != "persona_sdk.memory":
 
 from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Origin, Source, TextEncoder
 from persona_sdk.memory.index import VectorIndex
+from persona_sdk.memory.passage import Passage, Why
 from persona_sdk.memory.receipt import Receipt
-from persona_sdk.memory.retrieval import Passage, Retriever
+from persona_sdk.memory.retrieval import CrossEncoder, Retriever
 from persona_sdk.memory.revisions import PersonaRecord, Revision
+from persona_sdk.memory.scoring import RetrievalOptions
 from persona_sdk.memory.store import MemoryStore
 
 __all__ = [
+    "CrossEncoder",
     "CubeDraft",
     "CubeHeader",
     "MemCube",
@@ -30,9 +34,11 @@ __all__ = [
     "Passage",
     "PersonaRecord",
     "Receipt",
+    "RetrievalOptions",
     "Retriever",
     "Revision",
     "Source",
     "TextEncoder",
     "VectorIndex",
+    "Why",
 ]
