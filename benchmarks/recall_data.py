@@ -109,40 +109,36 @@ TOPICS: dict[str, tuple[str, tuple[str, ...]]] = {
         r"\b(food|eat|pizza|vegan|vegetarian|meat|cheese|chocolate|sushi|pasta|spaghetti|burger|fruit|chicken"
         r"|steak|salad|taco|shellfish|bread|ice cream|candy|cook\w*|restaurant|meal|dinner|lunch"
         r"|breakfast|recipe)",
-        (
-            "What could I order tonight?",
-            "Plan a menu for my birthday.",
-            "Suggest something for my lunch box.",
-        ),
+        ("Which restaurant would suit me tonight?", "Suggest a recipe for dinner."),
     ),
     "music": (
         r"\b(music|band|song|rap|rock|jazz|guitar|piano|sing\w*|concert|playlist|album)\b",
-        ("Put together a playlist for my commute.", "Which concert tickets are worth buying?"),
+        ("Which concert should I attend?", "Recommend an artist or an album."),
     ),
     "screen": (
         r"\b(movies?|films?|horror|comed\w+|tv|shows?|anime|disney|netflix|stream\w*)\b",
-        ("What can I stream this evening?", "Pick something for our night at the cinema."),
+        ("What should I put on at home on Netflix?", "Pick something for a night at the cinema."),
     ),
     "books": (
         r"\b(read\w*|books?|novels?|poe\w+|librar\w+|author)\b",
-        ("What should I borrow from the library?", "I have a long flight; what belongs on my e-reader?"),
+        ("What should I borrow from the library?", "Recommend an author or a publisher."),
     ),
     "sport": (
         r"\b(sports?|football|soccer|basketball|hockey|baseball|gym|run\w*|hik\w+|yoga|swim\w*|tennis|bik\w+"
         r"|frisbee|exercis\w+|fit\w*|workout)\b",
-        ("How could I stay fit at the weekend?", "Which club should I join to get some exercise?"),
+        ("Suggest a workout to stay fit.", "Which athletic club should I join?"),
     ),
     "animals": (
         r"\b(dogs?|cats?|pets?|horses?|animals?|pupp\w+|kitten|shelter)\b",
-        ("Which companion would suit my flat?", "Should I volunteer at the shelter down the road?"),
+        ("Should I adopt a kitten or a puppy?", "Which companion would suit my flat?"),
     ),
     "holidays": (
         r"\b(travel\w*|beach\w*|mountains?|vacations?|ocean|abroad|holiday|trip)\b",
-        ("Where should we spend next August?", "Help me plan a week off work."),
+        ("Suggest a holiday destination.", "Where should our next trip go?"),
     ),
     "colours": (
         r"\b(colou?rs?|blue|red|green|purple|pink|orange|yellow|grey|paint\w*)\b",
-        ("How should I paint my bedroom walls?", "Which scarf would you choose for me?"),
+        ("How should I decorate and paint my bedroom walls?", "Which shade of scarf would suit me?"),
     ),
 }
 _PREFERENCE = re.compile(

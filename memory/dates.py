@@ -75,7 +75,7 @@ _FORMS = tuple(
     )
 )
 _WORTH_A_LOOK = re.compile(
-    r"\d|\b(?:ago|last|this|next|past|previous|coming|yesterday|today|tonight|tomorrow|"
+    r"\b\d{1,4}(?:st|nd|rd|th)?\b|\b(?:ago|last|this|next|past|previous|coming|yesterday|today|tonight|tomorrow|"
     + "|".join(MONTHS)
     + r")\b",
     re.IGNORECASE,

@@ -77,7 +77,7 @@ def neighbours(
 def fuse(
     dense: Float[np.ndarray, " n"],
     lexical: Float[np.ndarray, " n"],
-    visible: Bool[np.ndarray, " n"],
+    visible: Bool[np.ndarray, " n"] | None,
     before: Int[np.ndarray, " n"],
     after: Int[np.ndarray, " n"],
     *,
@@ -85,16 +85,16 @@ def fuse(
     neighbour_weight: float = 0.3,
     least_span: float = 0.3,
 ) -> Parts:
-    """Fused scores of all rows; what is not `visible` counts as an average neighbour and nothing else."""
-    shown = dense[visible]
+    """Fused scores of all rows; what is not `visible` (None: all are) counts as an average neighbour only."""
+    shown = dense if visible is None else dense[visible]
     low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 0.0)
     span = max(high - low, least_span)
     words = lexical * np.float32(lexical_weight * span)
-    together = dense + words
-    mean = float(together[visible].mean()) if len(shown) else 0.0
     around = np.zeros_like(dense)
-    if neighbour_weight:
-        known = np.where(visible, together, np.float32(mean))
+    if neighbour_weight and len(shown):
+        together = dense + words
+        mean = float((together if visible is None else together[visible]).mean())
+        known = together if visible is None else np.where(visible, together, np.float32(mean))
         around = neighbours(known, before, after, mean) * np.float32(neighbour_weight)
     return Parts(dense, words, around, span)
 

@@ -173,8 +173,8 @@ class Postings:
     def search(self, words: Sequence[str]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """BM25 and coverage of every row for a query's stems; a repeated stem counts once."""
         bm25, coverage = np.zeros(self.size, np.float32), np.zeros(self.size, np.float32)
-        wanted = np.unique(hashes(words))
-        places = np.searchsorted(self.terms, wanted)
+        wanted = list({hash(word) for word in words})
+        places = np.searchsorted(self.terms, np.asarray(wanted, np.int64)).tolist()
         total = 0.0
         for term, place in zip(wanted, places, strict=True):
             if place == len(self.terms) or self.terms[place] != term:

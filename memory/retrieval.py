@@ -13,14 +13,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float, Float32
 from sqlalchemy import Connection, bindparam, select
+from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import lexical, ranking
-from persona_sdk.memory.cube import CubeHeader, TextEncoder, check_vector, utc_now
+from persona_sdk.memory.cube import CubeHeader, TextEncoder, utc_now
 from persona_sdk.memory.dates import parse
 from persona_sdk.memory.index import VectorIndex
 from persona_sdk.memory.passage import Passage, Why
@@ -111,7 +113,7 @@ class Retriever:
         now = self._clock()
         asked = Query(
             text=query,
-            vector=check_vector(self._embedder.encode([query])[0], self._embedder.fingerprint).numpy(),
+            vector=_usable(self._embedder.encode([query])[0]),
             words=lexical.tokens(query),
             span=parse(query, now) if chosen.parse_dates else None,
             now=now,
@@ -150,6 +152,14 @@ class Retriever:
         ]
         order = sorted(range(len(marked)), key=lambda i: -scores[i])
         return [marked[i] for i in order]
+
+
+def _usable(vector: Float[Tensor, " d"]) -> Float32[np.ndarray, " d"]:
+    """A query's vector as it is compared; checked by numpy, because torch's kernels are slow to start."""
+    array: np.ndarray[Any, np.dtype[np.float32]] = vector.detach().cpu().float().numpy()
+    if not np.isfinite(array).all():
+        raise InvalidInputError("The query's vector holds NaN or infinity.", hint="Check the embedder.")
+    return array
 
 
 def _merge(ranked: Sequence[Ranked], k: int, fetch: int, trade_off: float) -> list[_Candidate]:

@@ -1,7 +1,7 @@
 """Several sources for one question: own memory, groups, the application's texts, somebody else's search.
 
     step          local sources; external ones, best first, while what was found is judged not to be enough
-    next step     with the question rewritten, if there is a rewriter and still not enough; `max_steps` at most
+    next step     with the question rewritten, where there is a rewriter; `max_steps` at most
     score         score of the source * trust prior of the source
     order         local first, then by the mean of Beta(a + helpful, b + asked - helpful), a / (a + b) = trust
 

@@ -33,7 +33,7 @@ class RetrievalOptions(FrozenConfig):
     """Weights of recall. `benchmarks.memory_recall` says on what the defaults were chosen."""
 
     lexical_weight: float = Field(1.0, ge=0, description="of the words, beside 1 for the cosine")
-    context_weight: float = Field(0.5, ge=0, le=1, description="of the neighbours' words in a turn's own")
+    context_weight: float = Field(0.75, ge=0, le=1, description="of the neighbours' words in a turn's own")
     neighbour_weight: float = Field(0.3, ge=0, le=1, description="of the neighbours' scores")
     least_span: float = Field(0.3, gt=0, description="of the cosines of a slice, for the units of the rest")
     date_weight: float = Field(0.2, ge=0, description="of lying in the span that the query speaks of")
@@ -80,16 +80,18 @@ class Ranked:
 
 
 def rank(found: Slice, asked: Query, k: int) -> Ranked:
-    """The `k` best rows of a slice; pure."""
+    """The `k` best rows of a slice."""
     options = asked.options
     if not found.ids:
         return Ranked(found.owner, (), np.zeros(0), np.zeros((0, 0), np.float32), ())
     visible = _visible(found, asked)
     dense = dense_scores(found, asked.vector)
     bm25, coverage = found.postings(options.context_weight).search(asked.words)
+    if visible is not None:
+        bm25, coverage = bm25 * visible, coverage * visible
     parts = fusion.fuse(
         dense,
-        fusion.gated(bm25 * visible, coverage * visible),
+        fusion.gated(bm25, coverage),
         visible,
         found.before,
         found.after,
@@ -97,17 +99,27 @@ def rank(found: Slice, asked: Query, k: int) -> Ranked:
         neighbour_weight=options.neighbour_weight,
         least_span=options.least_span,
     )
-    dated = _dated(found, asked) * np.float32(parts.span)
-    decay, trust = _decay(found, asked), _trust(found, options)
-    scores = ranking.weigh(parts.total + dated, decay * trust)
-    rows = ranking.best(np.where(visible, scores, -np.inf), k)
-    columns = (dense, parts.lexical, parts.neighbours, dated, coverage, decay, trust)
-    why = tuple(Why(*values) for values in zip(*(column[rows].tolist() for column in columns), strict=True))
-    return Ranked(found.owner, tuple(found.ids[row] for row in rows), scores[rows], found.vectors[rows], why)
+    columns = {"lexical": parts.lexical, "neighbours": parts.neighbours, "coverage": coverage}
+    scores = parts.total
+    if (near := _near(found, asked)) is not None:
+        columns["dated"] = near * np.float32(parts.span)
+        scores = scores + columns["dated"]
+    for name, factor in (("decay", _decay(found, asked)), ("trust", _trust(found, options))):
+        if factor is not None:
+            columns[name], scores = factor, ranking.weigh(scores, factor)
+    shown = scores if visible is None else np.where(visible, scores, -np.inf)
+    rows = ranking.best(shown, k)
+    given = {name: column[rows].tolist() for name, column in {"dense": dense, **columns}.items()}
+    why = tuple(Why(**dict(zip(given, values, strict=True))) for values in zip(*given.values(), strict=True))
+    return Ranked(
+        found.owner, tuple(found.ids[row] for row in rows.tolist()), scores[rows], found.vectors[rows], why
+    )
 
 
-def _visible(found: Slice, asked: Query) -> Bool[np.ndarray, " n"]:
-    """Rows that have not expired and whose statement holds at the time that is asked about."""
+def _visible(found: Slice, asked: Query) -> Bool[np.ndarray, " n"] | None:
+    """Rows that have not expired and whose statement holds at the time that is asked about; None: all."""
+    if found.timeless:
+        return None
     options, now = asked.options, asked.now.timestamp()
     living: Bool[np.ndarray, " n"] = found.expires > now
     if options.at is None and asked.span is not None:
@@ -126,10 +138,10 @@ def _seconds(span: Interval) -> tuple[float, float]:
     )
 
 
-def _dated(found: Slice, asked: Query) -> Float32[np.ndarray, " n"]:
+def _near(found: Slice, asked: Query) -> Float32[np.ndarray, " n"] | None:
     """How near each memory is to the span that is asked about, from the mean: all alike get nothing."""
     if asked.span is None or not asked.options.date_weight:
-        return np.zeros(len(found.ids), np.float32)
+        return None
     begin, end = _seconds(asked.span)
     moments = np.where(np.isfinite(found.valid_from), found.valid_from, found.created)
     days = np.maximum(np.maximum(begin - moments, moments - end), 0.0) / _DAY
@@ -138,16 +150,22 @@ def _dated(found: Slice, asked: Query) -> Float32[np.ndarray, " n"]:
     return centred.astype(np.float32)
 
 
-def _decay(found: Slice, asked: Query) -> Float[np.ndarray, " n"]:
+def _decay(found: Slice, asked: Query) -> Float[np.ndarray, " n"] | None:
+    """Weights by age; None where nothing ages."""
     by_type = dict(asked.options.half_lives)
+    if not found.own_half_lives and not by_type.keys() & set(found.type_names):
+        return None
     lives = np.asarray([by_type.get(name, math.inf) for name in found.type_names])[found.types]
     lives = np.where(np.isnan(found.half_life), lives, found.half_life)
     ages = (asked.now.timestamp() - found.created) / _DAY
     return ranking.decay(ages, lives, floor=asked.options.decay_floor)
 
 
-def _trust(found: Slice, options: RetrievalOptions) -> Float[np.ndarray, " n"]:
+def _trust(found: Slice, options: RetrievalOptions) -> Float[np.ndarray, " n"] | None:
+    """Weights by trust; None where all have the same full one."""
     by_name = dict(options.trust_weights)
-    weights: np.ndarray[Any, Any] = np.asarray([by_name.get(name, 1.0) for name in TRUST_ORDER])
+    weights = np.asarray([by_name.get(name, 1.0) for name in TRUST_ORDER])
+    if all(weights[tier] == 1.0 for tier in found.tiers):
+        return None
     chosen: np.ndarray[Any, Any] = weights[found.trust]
     return chosen

@@ -102,6 +102,22 @@ class Slice:
         found[self.before[rows]] = rows
         return found
 
+    @cached_property
+    def timeless(self) -> bool:
+        """Whether every statement holds for ever and none expires, so that nothing need be compared."""
+        ends = min(self.valid_to.min(initial=np.inf), self.expires.min(initial=np.inf))
+        return bool(np.isinf(ends) and np.isinf(self.valid_from).all())
+
+    @cached_property
+    def tiers(self) -> tuple[int, ...]:
+        """The codes of trust that occur."""
+        return tuple(np.unique(self.trust).tolist())
+
+    @cached_property
+    def own_half_lives(self) -> bool:
+        """Whether any memory brings a half-life of its own."""
+        return not bool(np.isnan(self.half_life).all())
+
     def postings(self, context: float) -> Postings:
         """The lexical index; `context` is the weight of the neighbours' words."""
         kept: dict[float, Postings] = self.__dict__.setdefault("_postings", {})
