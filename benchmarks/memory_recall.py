@@ -86,6 +86,11 @@ class Known:
         return torch.stack([self.vectors[text] for text in texts])
 
 
+def options_key(options: RetrievalOptions | None = None) -> str:
+    """Names the weights in the keys of cells."""
+    return hashlib.sha256((options or RetrievalOptions()).model_dump_json().encode()).hexdigest()[:8]
+
+
 def measure(run: Run) -> Part:
     """All three sets. A quick run takes two conversations and two topics."""
     known = Known(load_embedder("minilm"), {})
@@ -136,7 +141,6 @@ def _real_people(run: Run, known: Known, pools: Sequence[Pool], part: Part) -> N
 def _answered(run: Run, known: Known, data: str, pools: Sequence[Pool]) -> list[dict[str, Any]]:
     """Every retriever's metrics of every question."""
     found = []
-    options = hashlib.sha256(RetrievalOptions().model_dump_json().encode()).hexdigest()[:8]
     for pool in pools:
 
         def ask(pool: Pool = pool) -> dict[str, Any]:
@@ -145,7 +149,7 @@ def _answered(run: Run, known: Known, data: str, pools: Sequence[Pool]) -> list[
             with stored(pool, known) as searcher:
                 return {"questions": [row for name in ROWS for row in _asked(name, pool, searcher)]}
 
-        found += run.cells.run(f"recall-{data}-{pool.name}-{options}", ask)["questions"]
+        found += run.cells.run(f"recall-{data}-{pool.name}-{options_key()}", ask)["questions"]
     return found
 
 
@@ -252,7 +256,9 @@ def _choice(run: Run, known: Known, pools: Sequence[Pool], part: Part) -> list[R
         return {"grid": [[*weights, float(np.mean(values))] for weights, values in means.items()]}
 
     names = "-".join(pool.name for pool in pools)
-    grid = sorted(run.cells.run(f"recall-grid-{names}", search)["grid"], key=lambda row: -row[-1])
+    grid = sorted(
+        run.cells.run(f"recall-grid-{names}-{options_key()}", search)["grid"], key=lambda row: -row[-1]
+    )
     ours = [getattr(RetrievalOptions(), name) for name in GRID]
     picked = pick(grid)
     part.notes.append(
@@ -361,7 +367,6 @@ def _published(folder: Path, *ours: float) -> list[Row]:
 
 def _needles(run: Run, known: Known, topics: Sequence[Needles], part: Part) -> None:
     rows: list[dict[str, Any]] = []
-    options = hashlib.sha256(RetrievalOptions().model_dump_json().encode()).hexdigest()[:8]
     for topic in topics:
 
         def ask(topic: Needles = topic) -> dict[str, Any]:
@@ -371,7 +376,7 @@ def _needles(run: Run, known: Known, topics: Sequence[Needles], part: Part) -> N
             run.tell(f"looking for preferences: {topic.topic}")
             return {"needles": list(_sought(topic, known))}
 
-        rows += run.cells.run(f"recall-needles-{topic.topic}-{options}", ask)["needles"]
+        rows += run.cells.run(f"recall-needles-{topic.topic}-{options_key()}", ask)["needles"]
     table: list[Row] = []
     for name in NEEDLE_ROWS:
         ranks = np.asarray([row[name] for row in rows])
