@@ -1,8 +1,9 @@
 """Nearest neighbours among one owner's vectors: FAISS, exact, on the owner's slice.
 
 Scores are inner products: cosines, when the encoder gives unit vectors. Search is exact at every size that a
-persona reaches. Above `APPROXIMATE_ABOVE` rows, a size only groups and corpora have, an inverted file with
-``4 * sqrt(n)`` cells is built over the slice and `PROBES` of the cells are visited.
+person reaches. Above `APPROXIMATE_ABOVE` rows, a size only groups and corpora have, an inverted file with
+``4 * sqrt(n)`` cells is built over the slice and `PROBES` of them are visited. Rows that were added since are
+searched exactly until they are a quarter of it, because building one takes seconds.
 """
 
 from typing import Any, TypeAlias
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory.cube import check_vector
+from persona_sdk.memory.ranking import best
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.slice_cache import SliceCache
-from persona_sdk.memory.slices import Slice
+from persona_sdk.memory.slices import APPROXIMATE_ABOVE, Slice
 
-APPROXIMATE_ABOVE = 100_000
 PROBES = 64
+_TRAINING = 32  # rows to a cell
 
 Hit: TypeAlias = tuple[str, float]  # cube id, score
 _OWNED = select(cubes.c.id).where(
@@ -68,8 +70,7 @@ def nearest(
     _require_length(found, query)
     wanted = min(k, len(found.ids))
     if len(found.ids) > APPROXIMATE_ABOVE:
-        scores, rows = _inverted_file(found).search(query[None], wanted)
-        return rows[0][rows[0] >= 0], scores[0][rows[0] >= 0]
+        return _approximately(found, query, wanted)
     scores, rows = faiss.knn(query[None], found.vectors, wanted, metric=faiss.METRIC_INNER_PRODUCT)
     return rows[0], scores[0]
 
@@ -94,20 +95,34 @@ def dense_scores(
     return everything
 
 
-def _inverted_file(found: Slice) -> Any:
-    """The slice's inverted file, built when it is first searched."""
-    kept = found.__dict__.get("_inverted_file")
-    if kept is None:
-        size, width = found.vectors.shape
-        cells = int(4 * size**0.5)
-        quantizer = faiss.IndexFlatIP(width)
-        kept = faiss.IndexIVFFlat(quantizer, width, cells, faiss.METRIC_INNER_PRODUCT)
-        kept.cp.niter, kept.cp.seed = 10, 0
-        kept.train(found.vectors[:: max(1, size // (64 * cells))])
-        kept.add(found.vectors)
-        kept.nprobe = PROBES
-        found.__dict__["_inverted_file"] = kept
-    return kept
+def _approximately(
+    found: Slice, query: Float32[np.ndarray, " d"], k: int
+) -> tuple[Int[np.ndarray, " k"], Float32[np.ndarray, " k"]]:
+    """The best of the inverted file and of the rows behind it."""
+    size, file = _inverted_file(found)
+    scores, rows = file.search(query[None], k)
+    tail = found.vectors[size:] @ query
+    every_row = np.concatenate([rows[0], np.arange(size, len(found.ids))])
+    every_score = np.concatenate([scores[0], tail])
+    every_score[every_row < 0] = -np.inf  # there were fewer than k in the cells that were visited
+    chosen = best(every_score, k)
+    return every_row[chosen], every_score[chosen]
+
+
+def _inverted_file(found: Slice) -> tuple[int, Any]:
+    """The slice's inverted file and how many of its rows are in it; built when it is first searched."""
+    kept: tuple[int, Any] | None = found.derived.get("inverted file")
+    if kept is not None and len(found.ids) - kept[0] <= kept[0] // 4:
+        return kept
+    size, width = found.vectors.shape
+    cells = int(4 * size**0.5)
+    file = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
+    file.cp.niter, file.cp.seed, file.cp.min_points_per_centroid = 4, 0, 1
+    file.train(np.ascontiguousarray(found.vectors[:: max(1, size // (_TRAINING * cells))]))
+    file.add(found.vectors)
+    file.nprobe = PROBES
+    found.derived["inverted file"] = size, file
+    return size, file
 
 
 def _require_length(found: Slice, query: Float32[np.ndarray, " d"]) -> None:

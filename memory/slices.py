@@ -18,7 +18,7 @@ owner are dropped when something of it is forgotten.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Self
@@ -29,6 +29,8 @@ from jaxtyping import Float32, Float64, Int
 from persona_sdk.memory.cube import TRUST_ORDER
 from persona_sdk.memory.dates import MONTHS
 from persona_sdk.memory.lexical import Counts, Postings
+
+APPROXIMATE_ABOVE = 20_000  # rows; below, comparing all takes less than 3 ms
 
 _ORDER = {name: code for code, name in enumerate(TRUST_ORDER)}
 
@@ -51,6 +53,7 @@ class Slice:
     types: Int[np.ndarray, " n"]
     trust: Int[np.ndarray, " n"]
     type_names: tuple[str, ...]
+    derived: dict[str, Any] = field(default_factory=dict)  # indexes over the columns, built when first used
 
     @classmethod
     def of(cls, owner: str, stamp: str, rows: Sequence[Any], names: tuple[str, ...] = ()) -> Self:
@@ -120,18 +123,19 @@ class Slice:
 
     def postings(self, context: float) -> Postings:
         """The lexical index; `context` is the weight of the neighbours' words."""
-        kept: dict[float, Postings] = self.__dict__.setdefault("_postings", {})
-        if context not in kept:
-            kept.clear()  # one at a time: whoever varies the weight is tuning it
-            kept[context] = Postings.of(self.counts, self.before, self.after, context=context)
-        return kept[context]
+        kept: tuple[float, Postings] | None = self.derived.get("postings")
+        if kept is None or kept[0] != context:  # one at a time: whoever varies the weight is tuning it
+            kept = context, Postings.of(self.counts, self.before, self.after, context=context)
+            self.derived["postings"] = kept
+        return kept[1]
 
     @cached_property
     def bytes(self) -> int:
         """An upper bound of its bytes: with context, postings hold each count three times."""
         names = sum(len(name) + 57 for name in self.ids)
         arrays = (self.vectors, self.created, self.types, self.trust)
-        return names + sum(a.nbytes for a in arrays) + 6 * self.created.nbytes + 4 * self.counts.bytes
+        file = self.vectors.nbytes if len(self.ids) > APPROXIMATE_ABOVE else 0
+        return names + sum(a.nbytes for a in arrays) + 6 * self.created.nbytes + 4 * self.counts.bytes + file
 
     def followed_by(self, stamp: str, stay: Sequence[int], new: "Slice") -> "Slice":
         """Another slice: the rows `stay` of this one, then those of `new`."""
@@ -139,6 +143,8 @@ class Slice:
         renumbered = np.full(len(self.ids), -1, np.int32)
         renumbered[rows] = np.arange(len(rows), dtype=np.int32)
         shifted = replace(new.counts, rows=new.counts.rows + np.int32(len(rows)))
+        # What was built over the first rows holds as long as they are the first.
+        derived = {"inverted file": self.derived.get("inverted file")} if len(rows) == len(self.ids) else {}
         names = ("created", "valid_from", "valid_to", "expires", "half_life", "types", "trust", "sessions")
         columns: dict[str, Any] = {
             name: np.concatenate([getattr(self, name)[rows], getattr(new, name)]) for name in names
@@ -150,6 +156,10 @@ class Slice:
             vectors=np.concatenate([self.vectors[rows], new.vectors]) if new.ids else self.vectors[rows],
             counts=self.counts.kept(renumbered).plus(shifted),
             type_names=new.type_names,
+            # What was built over the first rows holds as long as they are the first.
+            derived={"inverted file": self.derived.get("inverted file")}
+            if len(rows) == len(self.ids)
+            else {},
             **columns,
         )
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
 
 from persona_sdk.memory import CubeDraft, MemoryStore, Origin, VectorIndex
+from persona_sdk.memory import index as index_module
 from persona_sdk.memory.lexical import tokens
 from persona_sdk.memory.slice_cache import SliceCache
 from persona_sdk.memory.slices import Slice
@@ -191,3 +193,37 @@ def test_time_bounds_are_those_of_the_header(store: MemoryStore, note: Maker, em
     assert found.valid_to.tolist() == [np.inf, end.timestamp()]
     assert found.expires.tolist() == [np.inf, end.timestamp() + 1]
     assert not found.timeless
+
+
+def test_a_big_slice_is_searched_by_an_inverted_file_that_new_rows_do_not_rebuild(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its cells are visited here, so the answer must be that of brute force."""
+    monkeypatch.setattr(index_module, "APPROXIMATE_ABOVE", 50)
+    trained: list[int] = []
+    honest = index_module.faiss.IndexIVFFlat
+
+    def counted(*arguments: Any) -> Any:
+        trained.append(1)
+        return honest(*arguments)
+
+    monkeypatch.setattr(index_module.faiss, "IndexIVFFlat", counted)
+    dice = torch.Generator().manual_seed(0)
+
+    def drafts(n: int) -> list[CubeDraft]:
+        return [CubeDraft.of("x", vector=torch.randn(8, generator=dice), encoder="e") for _ in range(n)]
+
+    index = VectorIndex(store)
+    for size, retire, builds in ((120, 0, 1), (10, 0, 1), (60, 0, 2), (1, 1, 3)):
+        live = [cube.id for cube in store.cubes("alice")]
+        store.commit("alice", add=drafts(size), retire=live[:retire])
+        query = torch.randn(8, generator=dice)
+        found = index.search("alice", query, 10, encoder="e")
+        ids, matrix = store.vectors("alice", "e")
+        scores = matrix @ query
+        assert [name for name, _ in found] == [ids[int(row)] for row in scores.argsort(descending=True)[:10]]
+        assert sum(trained) == builds
+        part = take(index, store, "alice", "e")
+        dense = index_module.dense_scores(part, query.numpy(), fetch=10)
+        np.testing.assert_allclose(np.sort(dense)[-10:], scores.sort().values[-10:], rtol=1e-5)
+        assert (dense >= np.sort(dense)[-10] - 1e-6).all(), "what was not visited gets the least of the best"
