@@ -223,7 +223,9 @@ def _scored(score: Callable[[Searcher, str], np.ndarray]) -> Callable[[Searcher,
 
 
 def _rank_fusion(searcher: Searcher, question: str) -> Answer:
-    fused = reciprocal_ranks([_order(searcher.dense(question)), _order(searcher.bm25(question))])
+    words = searcher.bm25(question)
+    said = [row for row in _order(words) if words[row] > 0]  # a row without a word of the query has no rank
+    fused = reciprocal_ranks([_order(searcher.dense(question)), said])
     return list(fused)[:DEPTH], next(iter(fused.values()))
 
 

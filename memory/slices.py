@@ -156,10 +156,7 @@ class Slice:
             vectors=np.concatenate([self.vectors[rows], new.vectors]) if new.ids else self.vectors[rows],
             counts=self.counts.kept(renumbered).plus(shifted),
             type_names=new.type_names,
-            # What was built over the first rows holds as long as they are the first.
-            derived={"inverted file": self.derived.get("inverted file")}
-            if len(rows) == len(self.ids)
-            else {},
+            derived=derived,
             **columns,
         )
 
