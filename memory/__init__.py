@@ -7,7 +7,8 @@
     events      the audit log; audit checks it
     governance  who may do what; bound is the store as one principal sees it
     index       nearest neighbours, exact, in memory
-    retrieval   passages for a query over several owners
+    retrieval   passages for a query over several owners, hybrid
+    routing     several sources: personas, groups, corpora, callables
 
 Truth is SQLite plus content-addressed safetensors; everything else is derived. This package knows neither
 adapters nor models: payloads are opaque tensors, and texts are data that nothing here interprets.
@@ -23,14 +24,17 @@ from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Origin, Sour
 from persona_sdk.memory.events import Event
 from persona_sdk.memory.governance import Principal
 from persona_sdk.memory.index import VectorIndex
+from persona_sdk.memory.passage import Passage, Why
 from persona_sdk.memory.receipt import Receipt
-from persona_sdk.memory.retrieval import Passage, Retriever
+from persona_sdk.memory.retrieval import CrossEncoder, Retriever
 from persona_sdk.memory.revisions import PersonaRecord, Revision
+from persona_sdk.memory.scoring import RetrievalOptions
 from persona_sdk.memory.snapshots import MemoryView, Snapshot
 from persona_sdk.memory.store import MemoryStore
 
 __all__ = [
     "BoundStore",
+    "CrossEncoder",
     "CubeDraft",
     "CubeHeader",
     "Event",
@@ -42,10 +46,12 @@ __all__ = [
     "PersonaRecord",
     "Principal",
     "Receipt",
+    "RetrievalOptions",
     "Retriever",
     "Revision",
     "Snapshot",
     "Source",
     "TextEncoder",
     "VectorIndex",
+    "Why",
 ]

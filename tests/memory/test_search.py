@@ -95,15 +95,18 @@ def test_the_index_follows_every_kind_of_write(
 def test_the_least_recently_used_index_goes_first(
     store: MemoryStore, note: Maker, embedder: HashEmbedder
 ) -> None:
-    one = 4 * embedder.dimension
-    index = VectorIndex(store, max_bytes=2 * one)
     query = embedder.encode(["dogs"])[0]
     for owner in ("a", "b", "c"):
         store.commit(owner, add=[note("dogs")])
+    scout = VectorIndex(store)
+    scout.search("a", query, 1, encoder=embedder.fingerprint)
+    one = scout.bytes
+    assert one > 4 * embedder.dimension
+    index = VectorIndex(store, max_bytes=2 * one)
     for owner, size in (("a", one), ("b", 2 * one), ("a", 2 * one), ("c", 2 * one)):
         assert len(index.search(owner, query, 1, encoder=embedder.fingerprint)) == 1
         assert index.bytes == size
-    assert {owner for owner, _ in index._entries} == {"a", "c"}
+    assert {owner for owner, *_ in index._slices} == {"a", "c"}
 
 
 def test_bad_searches_are_refused(store: MemoryStore, note: Maker, embedder: HashEmbedder) -> None:
@@ -153,7 +156,8 @@ def test_recall_merges_owners_by_score_and_respects_revisions(
     found = retriever.recall(("alice", "club", "alice", "nobody"), "dogs bark", 5)
     assert [p.id for p in found] == [near, shared, far]
     assert [p.owner for p in found] == ["alice", "club", "alice"]
-    assert found[0].score == pytest.approx(1.0)
+    assert found[0].why is not None
+    assert found[0].why.dense == pytest.approx(1.0)
     assert found[0].header.semantic_type == "fact"
     assert [p.id for p in retriever.recall(("alice", "club"), "dogs bark", 2)] == [near, shared]
     store.commit("alice", retire=[near])
