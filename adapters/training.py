@@ -159,7 +159,7 @@ def fit(
     options: TrainingOptions,
     *,
     progress: bool | None = None,
-    collator: Callable[..., dict[str, Tensor]] = collate,
+    collator: Callable[..., dict[str, Tensor]] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> TrainingReport:
     """Train whatever in `trainable` asks for gradients. Call it inside `borrowed`.
@@ -170,7 +170,7 @@ def fit(
         rows: encoded rows.
         options: how to train.
         progress: show a bar; None shows it on a terminal.
-        collator: makes a batch of rows; takes ``pad_id``.
+        collator: makes a batch of rows, given ``pad_id``; None: `collate`.
         check: called before every step; what it raises ends the training.
 
     Raises:
@@ -203,7 +203,7 @@ def fit(
             model=trainable,
             args=arguments,
             train_dataset=list(rows),
-            data_collator=partial(collator, pad_id=pad_token(model.tokenizer)),
+            data_collator=partial(collator or collate, pad_id=pad_token(model.tokenizer)),
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)

@@ -19,6 +19,7 @@
 touched. `persona_sdk.promotion` executes decisions; they name ids and numbers, never a text.
 """
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -164,7 +165,7 @@ class _Scene:
         if one.last_used is None:
             return 0.0
         days = max((self.now - one.last_used) / timedelta(days=1), 0.0)
-        return min(float(one.hits), one.strength * 0.5 ** (days / self.options.half_life_days))
+        return min(float(one.hits), one.strength * math.exp2(-days / self.options.half_life_days))
 
     def value(self, one: CubeFacts) -> float:
         """Seconds of prefill its expected uses cost as text; of something derived, those of its sources."""
@@ -270,8 +271,9 @@ def _decide_prefix(scene: _Scene) -> None:
     room = options.activation_bytes - others
     promoted = {i for one in scene.those("activation", PROMOTION) if one.derived for i in one.sources}
     pinned = [one for one in scene.those("plaintext") if one.pinned and one.state != "archived"]
-    before = {i for i in promoted if i in scene.cubes and scene.cubes[i].state != "frozen"}
-    frozen = [scene.cubes[i] for i in promoted - before if i in scene.cubes]
+    standing = [scene.cubes[i] for i in sorted(promoted) if i in scene.cubes and not scene.cubes[i].pinned]
+    before = {one.id for one in standing if one.state != "frozen"}
+    frozen = [one for one in standing if one.state == "frozen"]
     chosen = _choose(scene, [*pinned, *frozen], before, room)
     leaving = sorted(before - {one.id for one in chosen} - scene.gone)
     if leaving:
@@ -293,7 +295,7 @@ def _decide_prefix(scene: _Scene) -> None:
     for one in new:
         if one.id not in before:
             scene.notes[one.id] = f"Keys and values would gain {gain:.3g} s for {cost:.3g} s."
-    _fitting(scene, "demote_kv", made, room)
+    _fitting(scene, "demote_kv", made, room, leaving)
 
 
 def _choose(scene: _Scene, given: Sequence[CubeFacts], before: Collection[str], room: int) -> list[CubeFacts]:
@@ -318,14 +320,18 @@ def _choose(scene: _Scene, given: Sequence[CubeFacts], before: Collection[str], 
 
 
 def _fitting(
-    scene: _Scene, kind: Literal["demote_kv", "demote_weights"], made: Sequence[CubeFacts], room: int
+    scene: _Scene,
+    kind: Literal["demote_kv", "demote_weights"],
+    made: Sequence[CubeFacts],
+    room: int,
+    leaving: Collection[str] = (),
 ) -> list[CubeFacts]:
-    """Derived cubes that stay: complete, warm, and of the most value for their bytes within `room`."""
+    """Derived cubes that stay: complete, warm, of no text of `leaving`, of the most value for their bytes."""
     kept, options = [], scene.options
     for one in sorted(made, key=lambda one: (-scene.density(one), one.id)):
         if not one.complete:
             scene.drop(kind, one, "A memory it was made from has changed or is gone.")
-        elif any(i in scene.gone for i in one.sources):
+        elif any(i in scene.gone or i in leaving for i in one.sources):
             scene.drop(kind, one, "A memory it was made from leaves.")
         elif scene.idle_days(one) > options.cold_days:
             scene.drop(
