@@ -170,6 +170,24 @@ def distillation_rows(
     return rows
 
 
+@torch.inference_mode()
+def greedy(
+    model: LanguageModel, prompt: Sequence[int], tokens: int, *, check: Callable[[], None] = lambda: None
+) -> list[int]:
+    """The likeliest token after a prompt, again and again, up to `tokens` of them or the end token."""
+    answer: list[int] = []
+    cache, new = None, list(prompt)
+    for _ in range(tokens):
+        check()
+        ids = torch.tensor([new], device=model.device)
+        out = model.module(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache, new = out.past_key_values, [int(out.logits[0, -1].argmax())]
+        answer += new
+        if new[0] == model.tokenizer.eos_token_id:
+            break
+    return answer
+
+
 class _Rows:
     """Makes rows with one teacher."""
 
@@ -184,20 +202,10 @@ class _Rows:
         found = self._model.tokenizer(defuse(text, self._control), add_special_tokens=False)["input_ids"]
         return [*map(int, found), *self._end]
 
-    @torch.inference_mode()
     def greedy(self, question: str, known: Sequence[str]) -> list[int]:
         """The teacher's own answer."""
-        module, answer, cache = self._model.module, [], None
-        new = list(self._prompt(question, known))
-        for _ in range(self._options.max_answer_tokens):
-            self._check()
-            ids = torch.tensor([new], device=self._model.device)
-            out = module(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, new = out.past_key_values, [int(out.logits[0, -1].argmax())]
-            answer += new
-            if new == self._end:
-                break
-        return answer
+        prompt = self._prompt(question, known)
+        return greedy(self._model, prompt, self._options.max_answer_tokens, check=self._check)
 
     @torch.inference_mode()
     def row(
