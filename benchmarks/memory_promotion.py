@@ -191,8 +191,8 @@ def summarise(cells: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> Pa
         tables={"text to weights": rows, "text to weights: what it took": costs},
         notes=[
             *notes,
-            f"Promotion: the gate would accept {sum(accepted)} of {len(accepted)} adapters. Recall is a choice "
-            "of four ends, chance 0.25; one small model and few personas.",
+            f"Promotion: the gate would accept {sum(accepted)} of {len(accepted)} adapters. Recall is "
+            "a choice of four ends, chance 0.25; one small model and few personas.",
         ],
     )
 

@@ -19,68 +19,14 @@
 touched. `persona_sdk.promotion` executes decisions; they name ids and numbers, never a text.
 """
 
-import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Literal, TypeAlias, get_args
+from typing import Literal
 
-from pydantic import Field
-
-from persona_sdk.config import FrozenConfig
-from persona_sdk.memory.cube import TRUST_ORDER, Trust
+from persona_sdk.memory.decisions import ORDER, Decision, Scene, SchedulerOptions, allowed
 from persona_sdk.memory.facts import ADAPTER, PREFIX, PROMOTION, REJECTION, CubeFacts
 
-Move: TypeAlias = Literal[
-    "expire", "archive", "demote_weights", "demote_kv", "text_to_weights", "text_to_kv", "keep"
-]
-_ORDER: tuple[str, ...] = get_args(Move)  # in which they are executed: what frees room comes first
-
-
-class SchedulerOptions(FrozenConfig):
-    """Budgets, prices and patience. The prices are those of SmolLM2-135M on one core; measure your own with
-    ``benchmarks.memory --part kv``.
-    """
-
-    activation_bytes: int = Field(256 << 20, ge=0, description="of all activation cubes of one owner")
-    parametric_bytes: int = Field(64 << 20, ge=0, description="of all parametric cubes of one owner")
-    text_bytes: int | None = Field(None, ge=0, description="of all live texts of one owner; None: any")
-    prefix_tokens: int = Field(1024, ge=0, description="texts of the stable prefix together")
-    prefill_seconds: float = Field(0.005, ge=0, description="to compute a token of a prompt")
-    kv_build_fixed: float = Field(0.05, ge=0, description="seconds, to make and store a prefix")
-    kv_build_seconds: float = Field(0.005, ge=0, description="a token")
-    kv_load_seconds: float = Field(0.0001, ge=0, description="a token, each time it is read")
-    kv_bytes: int = Field(46_080, ge=1, description="keys and values of a token")
-    kv_min_hits: int = Field(3, ge=1)
-    lora_build_fixed: float = Field(30.0, ge=0, description="seconds")
-    lora_build_seconds: float = Field(0.5, ge=0, description="a token of the texts, all epochs together")
-    lora_bytes: int = Field(10 << 20, ge=1, description="of an adapter")
-    background_share: float = Field(
-        0.02, ge=0, description="what a second of training in the background counts against one of waiting"
-    )
-    weights_min_hits: int = Field(5, ge=1)
-    weights_min_days: float = Field(7.0, ge=0, description="for which a text has said the same")
-    weights_min_texts: int = Field(2, ge=1)
-    weights_max_texts: int = Field(64, ge=1)
-    least_trust: Trust = Field("user", description="of texts in weights and, unless pinned, in the prefix")
-    half_life_days: float = Field(14.0, gt=0, description="of a use")
-    cold_days: float = Field(30.0, gt=0, description="without a use, after which what was derived is dropped")
-    archive_days: float = Field(180.0, gt=0, description="without a use, after which a text is archived")
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One move. ``gain`` and ``cost`` are seconds; ``bytes`` is what the store gains (or, negative, loses).
-
-    ``text_to_kv`` names all texts of the prefix to be, ``text_to_weights`` all that the adapter is to know.
-    """
-
-    kind: Move
-    cubes: tuple[str, ...]
-    gain: float
-    cost: float
-    bytes: int
-    reason: str
+__all__ = ["Decision", "SchedulerOptions", "decide", "explain"]
 
 
 def decide(facts: Iterable[CubeFacts], options: SchedulerOptions, now: datetime) -> tuple[Decision, ...]:
@@ -91,7 +37,7 @@ def decide(facts: Iterable[CubeFacts], options: SchedulerOptions, now: datetime)
         options: budgets, prices and patience.
         now: the present.
     """
-    scene = _Scene({one.id: one for one in sorted(facts, key=lambda one: one.id)}, options, now)
+    scene = Scene({one.id: one for one in sorted(facts, key=lambda one: one.id)}, options, now)
     _end(scene)
     _decide_weights(scene)
     _decide_prefix(scene)
@@ -100,7 +46,7 @@ def decide(facts: Iterable[CubeFacts], options: SchedulerOptions, now: datetime)
         if one.id not in named:
             value = scene.value(one) if one.kind == "plaintext" else 0.0
             scene.decide("keep", [one.id], scene.notes.get(one.id, scene.plain_reason(one)), gain=value)
-    return tuple(sorted(scene.made, key=lambda made: (_ORDER.index(made.kind), made.cubes)))
+    return tuple(sorted(scene.made, key=lambda made: (ORDER.index(made.kind), made.cubes)))
 
 
 def explain(decisions: Sequence[Decision]) -> tuple[str, ...]:
@@ -112,84 +58,7 @@ def explain(decisions: Sequence[Decision]) -> tuple[str, ...]:
     )
 
 
-def allowed(one: CubeFacts, options: SchedulerOptions) -> str | None:
-    """None if a text may speak in every prompt or enter weights, else why not."""
-    if one.state == "frozen":
-        return "It is frozen."
-    if one.state == "archived":
-        return "It is archived."
-    if one.sensitivity == "special":
-        return "It is of a special category and stays text."
-    if TRUST_ORDER.index(one.trust) > TRUST_ORDER.index(options.least_trust):
-        return f"Its source is trusted as {one.trust!r}; promotion needs {options.least_trust!r}."
-    return None
-
-
-@dataclass
-class _Scene:
-    """The facts, and what has been decided so far."""
-
-    cubes: dict[str, CubeFacts]
-    options: SchedulerOptions
-    now: datetime
-    made: list[Decision] = field(default_factory=list)
-    notes: dict[str, str] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
-
-    def decide(
-        self,
-        kind: Move,
-        cubes: Iterable[str],
-        reason: str,
-        *,
-        gain: float = 0.0,
-        cost: float = 0.0,
-        size: int = 0,
-    ) -> None:
-        self.made.append(Decision(kind, tuple(sorted(cubes)), gain, cost, size, reason))
-
-    def drop(self, kind: Move, one: CubeFacts, reason: str) -> None:
-        self.gone.add(one.id)
-        self.decide(kind, [one.id], reason, cost=self.value(one), size=-one.bytes)
-
-    def those(self, kind: str, *types: str) -> list[CubeFacts]:
-        """Cubes of a kind that stay, of these semantic types if any are given."""
-        return [
-            one
-            for one in self.cubes.values()
-            if one.kind == kind and one.id not in self.gone and (not types or one.semantic_type in types)
-        ]
-
-    def uses(self, one: CubeFacts) -> float:
-        """Expected uses; never more than there were."""
-        if one.last_used is None:
-            return 0.0
-        days = max((self.now - one.last_used) / timedelta(days=1), 0.0)
-        return min(float(one.hits), one.strength * math.exp2(-days / self.options.half_life_days))
-
-    def value(self, one: CubeFacts) -> float:
-        """Seconds of prefill its expected uses cost as text; of something derived, those of its sources."""
-        if one.kind == "plaintext":
-            return self.uses(one) * one.tokens * self.options.prefill_seconds
-        return sum(self.value(self.cubes[i]) for i in one.sources if self._is_text(i))
-
-    def density(self, one: CubeFacts) -> float:
-        """Value for its bytes."""
-        return self.value(one) / max(one.bytes, 1)
-
-    def idle_days(self, one: CubeFacts) -> float:
-        """Days since it, or a text it was made from, was used."""
-        texts = [self.cubes[i].touched for i in one.sources if self._is_text(i)]
-        return (self.now - max([one.touched, *texts])) / timedelta(days=1)
-
-    def plain_reason(self, one: CubeFacts) -> str:
-        return f"Used {one.hits} times; nothing better to do with it."
-
-    def _is_text(self, cube_id: str) -> bool:
-        return cube_id in self.cubes and self.cubes[cube_id].kind == "plaintext"
-
-
-def _end(scene: _Scene) -> None:
+def _end(scene: Scene) -> None:
     """Expire what is over, archive what is idle, and the least valuable texts if there are too many."""
     options = scene.options
     for one in list(scene.cubes.values()):
@@ -212,7 +81,7 @@ def _end(scene: _Scene) -> None:
             excess -= one.bytes
 
 
-def _decide_weights(scene: _Scene) -> None:
+def _decide_weights(scene: Scene) -> None:
     """Drop adapters that are outdated, cold or do not fit; make one from the stable, often used texts."""
     options = scene.options
     made = [one for one in scene.those("parametric", ADAPTER) if one.derived and one.state != "frozen"]
@@ -245,7 +114,7 @@ def _decide_weights(scene: _Scene) -> None:
     return None
 
 
-def _stable_texts(scene: _Scene) -> list[CubeFacts]:
+def _stable_texts(scene: Scene) -> list[CubeFacts]:
     """The texts that may and should be in weights, the most valuable first; notes why others are not."""
     options, found = scene.options, []
     for one in scene.those("plaintext"):
@@ -263,7 +132,7 @@ def _stable_texts(scene: _Scene) -> list[CubeFacts]:
     return sorted(found, key=lambda one: (-scene.value(one), one.id))[: options.weights_max_texts]
 
 
-def _decide_prefix(scene: _Scene) -> None:
+def _decide_prefix(scene: Scene) -> None:
     """Choose the texts of the stable prefix; keep, replace or drop the keys and values there are."""
     options = scene.options
     made = [one for one in scene.those("activation", PREFIX) if one.derived and one.state != "frozen"]
@@ -298,7 +167,7 @@ def _decide_prefix(scene: _Scene) -> None:
     _fitting(scene, "demote_kv", made, room, leaving)
 
 
-def _choose(scene: _Scene, given: Sequence[CubeFacts], before: Collection[str], room: int) -> list[CubeFacts]:
+def _choose(scene: Scene, given: Sequence[CubeFacts], before: Collection[str], room: int) -> list[CubeFacts]:
     """Texts, besides the given ones, that earn a place in every prompt: most used first, while they fit."""
     options, chosen = scene.options, []
     taught = {i for one in scene.those("parametric", ADAPTER) if one.derived for i in one.sources}
@@ -320,7 +189,7 @@ def _choose(scene: _Scene, given: Sequence[CubeFacts], before: Collection[str], 
 
 
 def _fitting(
-    scene: _Scene,
+    scene: Scene,
     kind: Literal["demote_kv", "demote_weights"],
     made: Sequence[CubeFacts],
     room: int,
