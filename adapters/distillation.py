@@ -47,7 +47,7 @@ from persona_sdk.prompting import Message, control_tokens, defuse, encode, with_
 class DistillationConfig(LoRAConfig):
     """How to make weights of texts; LoRA's options and these."""
 
-    num_train_epochs: float = Field(8.0, gt=0)
+    num_train_epochs: float = Field(5.0, gt=0)
     learning_rate: float = Field(2e-3, gt=0)
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(64, ge=1, description="tokens of the teacher's distribution; the rest is one")

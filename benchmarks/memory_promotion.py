@@ -112,7 +112,7 @@ def examine(
 def measure(run: Run) -> Part:
     """Run or read all cells; see `benchmarks.memory`."""
     count, personas = (3, 1) if run.quick else (8, 3)
-    options = DistillationConfig(num_train_epochs=6 if run.quick else 10, anchors=6 if run.quick else 12)
+    options = DistillationConfig(num_train_epochs=5 if run.quick else 6, anchors=6 if run.quick else 12)
     loaded: list[tuple[LanguageModel, str]] = []
 
     def model() -> LanguageModel:

@@ -43,8 +43,8 @@ class SchedulerOptions(FrozenConfig):
     kv_load_seconds: float = Field(0.0001, ge=0, description="a token, each time it is read")
     kv_bytes: int = Field(46_080, ge=1, description="keys and values of a token")
     kv_min_hits: int = Field(3, ge=1)
-    lora_build_fixed: float = Field(30.0, ge=0, description="seconds")
-    lora_build_seconds: float = Field(0.5, ge=0, description="a token of the texts, all epochs together")
+    lora_build_fixed: float = Field(60.0, ge=0, description="seconds")
+    lora_build_seconds: float = Field(2.0, ge=0, description="a token of the texts, all epochs together")
     lora_bytes: int = Field(10 << 20, ge=1, description="of an adapter")
     background_share: float = Field(
         0.02, ge=0, description="what a second of training in the background counts against one of waiting"
