@@ -46,6 +46,8 @@ DISTILLATION = Origin(kind="derived", reference="distillation")
 # (owner, cube ids, "archive" or "expire", reason): changes the state of life of cubes
 Move: TypeAlias = Callable[[str, Sequence[str], str, str], None]
 
+_KEPT = 1000  # outcomes and errors of background work
+
 _log = logging.getLogger("persona_sdk.promotion")
 
 
@@ -293,7 +295,7 @@ class Promoter:
 class Background:
     """One thread that promotes and demotes. Made by `Promoter.run_in_background`; a context manager.
 
-    ``errors`` and ``outcomes`` are what happened so far, oldest first.
+    ``errors`` and ``outcomes`` are what happened last, oldest first.
     """
 
     def __init__(self, promoter: Promoter, persona_ids: Sequence[str] | None, interval: float) -> None:
@@ -341,6 +343,7 @@ class Background:
     def _one(self, persona_id: str) -> None:
         try:
             self.outcomes += self._promoter.run(persona_id, check=self._check)
+            del self.outcomes[:-_KEPT]
         except _StoppedError:
             raise
         except Exception as error:  # whatever it was, the next persona is not to suffer from it
@@ -349,6 +352,7 @@ class Background:
     def _failed(self, what: str, error: Exception) -> None:
         _log.error("%s failed: %s", what, error, exc_info=error)
         self.errors.append(error)
+        del self.errors[:-_KEPT]
 
 
 def _lower_priority() -> None:

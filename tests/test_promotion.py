@@ -269,7 +269,7 @@ def _shape_of(model, cube):
 
 
 class TestWeights:
-    def test_texts_become_an_attached_adapter_with_its_sources_and_report(self, model):
+    def test_defect_7_texts_become_an_attached_adapter_with_its_sources_and_report(self, model):
         cubes = remember(model)
         promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
         (outcome,) = promoter.run("alice")

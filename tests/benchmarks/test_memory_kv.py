@@ -9,6 +9,7 @@ from benchmarks import memory_kv
 from benchmarks.harness import BenchmarkError, Cells
 from benchmarks.memory import Run
 from benchmarks.memory_kv import exactness, first_token, summarise
+from persona_sdk.memory import MemoryStore
 
 
 def timed(memory, prompt, kept, computed):
@@ -50,6 +51,16 @@ def test_stored_keys_and_values_are_exact(tiny):
     cell = exactness(tiny, 64, 32, repeats=1)
     assert cell["difference"] <= memory_kv.EXACT
     assert cell["bytes"] == 2 * 2 * 64 * 2 * 8 * 4  # keys and values, layers, tokens, heads, width, float32
+
+
+def test_a_wrong_byte_shows_in_the_difference(tiny, monkeypatch):
+    real = MemoryStore.load_blob
+
+    def off(self, owner, blob):
+        return {name: tensor + 0.01 for name, tensor in real(self, owner, blob).items()}
+
+    monkeypatch.setattr(MemoryStore, "load_blob", off)
+    assert exactness(tiny, 64, 32, repeats=1)["difference"] > memory_kv.EXACT
 
 
 def test_a_memory_that_is_computed_again_is_no_measurement(tiny):
