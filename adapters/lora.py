@@ -112,7 +112,7 @@ class LoRA(Adapter):
             progress=progress,
         )
         return cls(
-            base=base.fingerprint, config=_bound(options, base, modules), tensors=tensors, report=report
+            base=base.fingerprint, config=bound(options, base, modules), tensors=tensors, report=report
         )
 
     @classmethod
@@ -134,7 +134,7 @@ class LoRA(Adapter):
             )
             for module in modules
         }
-        config = _bound(options, base, modules)
+        config = bound(options, base, modules)
         return cls(base=base.fingerprint, config=config, tensors=low_rank_bundle(factors))
 
     @classmethod
@@ -250,7 +250,7 @@ def select_modules(model: LanguageModel, targets: Literal["all"] | Sequence[str]
     return tuple(path for path in available if path in wanted)
 
 
-def _bound(options: LoRAConfig, base: LanguageModel, modules: Sequence[str]) -> LoRAConfig:
+def bound(options: LoRAConfig, base: LanguageModel, modules: Sequence[str]) -> LoRAConfig:
     """The configuration with what a PEFT folder must say about the base."""
     facts = {
         "base_model_name_or_path": base.name,

@@ -18,7 +18,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -110,12 +110,34 @@ def train_low_rank(
         InvalidInputError: unusable data.
         AdapterError: the loss or the weights became NaN or infinite.
     """
+    rows = encode_rows(model.tokenizer, data, min(options.max_length, model.context_length))
+    with lora_layers(model, modules, seed=options.seed, rank=rank, alpha=alpha, dropout=dropout) as factors:
+        report = fit(model, model.module, rows, options, progress=progress)
+        return factors(), report
+
+
+@contextmanager
+def lora_layers(
+    model: LanguageModel, modules: Sequence[str], *, seed: int, rank: int, alpha: float, dropout: float = 0.0
+) -> Iterator[Callable[[], TensorBundle]]:
+    """Put peft's LoRA layers into the base for the length of the block, and only them in training.
+
+    The block gets a function that reads the factors as they are then, ``alpha / rank`` folded into B.
+    Arguments as for `train_low_rank`; the seed draws A.
+    """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    rows = encode_rows(model.tokenizer, data, min(options.max_length, model.context_length))
+    def factors() -> TensorBundle:
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for path, part in model.module.named_modules():
+            if isinstance(part, LoraLayer):
+                A, B = (side["default"].weight.detach().cpu() for side in (part.lora_A, part.lora_B))
+                found[path] = (A.clone(), B * (alpha / rank))
+        return low_rank_bundle(found)
+
     with borrowed(model):
-        seed_everything(options.seed)
+        seed_everything(seed)
         lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -127,13 +149,7 @@ def train_low_rank(
         for parameter in model.module.parameters():
             if parameter.requires_grad:  # float32 also beside a base in half precision
                 parameter.data = parameter.data.float()
-        report = fit(model, model.module, rows, options, progress=progress)
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
-        for path, part in model.module.named_modules():
-            if isinstance(part, LoraLayer):
-                A, B = (side["default"].weight.detach().cpu() for side in (part.lora_A, part.lora_B))
-                factors[path] = (A.clone(), B * (alpha / rank))
-    return low_rank_bundle(factors), report
+        yield factors
 
 
 def fit(
@@ -143,6 +159,8 @@ def fit(
     options: TrainingOptions,
     *,
     progress: bool | None = None,
+    collator: Callable[..., dict[str, Tensor]] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> TrainingReport:
     """Train whatever in `trainable` asks for gradients. Call it inside `borrowed`.
 
@@ -152,6 +170,8 @@ def fit(
         rows: encoded rows.
         options: how to train.
         progress: show a bar; None shows it on a terminal.
+        collator: makes a batch of rows, given ``pad_id``; None: `collate`.
+        check: called before every step; what it raises ends the training.
 
     Raises:
         AdapterError: the loss or a weight became NaN or infinite.
@@ -178,12 +198,12 @@ def fit(
         )
         if arguments.n_gpu > 1:  # one module in memory: no data parallel copies of it
             arguments._n_gpu = 1
-        watch = _watch(progress)
+        watch = _watch(progress, check)
         trainer = Trainer(
             model=trainable,
             args=arguments,
             train_dataset=list(rows),
-            data_collator=partial(collate, pad_id=pad_token(model.tokenizer)),
+            data_collator=partial(collator or collate, pad_id=pad_token(model.tokenizer)),
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)
@@ -280,8 +300,8 @@ def _diverged(what: str) -> AdapterError:
     )
 
 
-def _watch(progress: bool | None) -> Any:
-    """A Trainer callback that keeps the losses, stops at the first bad one and draws the bar."""
+def _watch(progress: bool | None, check: Callable[[], None]) -> Any:
+    """A Trainer callback that keeps the losses, stops at the first bad one, asks to go on, draws the bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import TrainerCallback
@@ -304,6 +324,9 @@ def _watch(progress: bool | None) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.start()
             self.task = self.bar.add_task("training", total=state.max_steps, loss="-")
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            check()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" not in (logs or {}):

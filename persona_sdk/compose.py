@@ -12,7 +12,7 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -23,8 +23,9 @@ from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
 from persona_sdk.errors import PromptTooLongError
 from persona_sdk.library import AdapterLibrary, Unused
-from persona_sdk.memory import CubeHeader, MemoryStore, Passage
+from persona_sdk.memory import CubeHeader, MemCube, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
+from persona_sdk.memory.facts import PROMOTION
 from persona_sdk.models import LanguageModel
 from persona_sdk.passage_spans import Span, passage_spans
 from persona_sdk.plan import CompositionPlan, PassageRef, Passages, PlanPart, SoftPrefix
@@ -35,7 +36,8 @@ from persona_sdk.tensors import Digest, TensorBundle
 # (owners, query, k, revision by owner) -> passages
 Recall: TypeAlias = Callable[[tuple[str, ...], str, int, Mapping[str, int]], Sequence[Passage]]
 
-# What the header of a pinned memory says in its attributes. Such a text is in every prompt of its owner.
+# What the header of a pinned memory says in its attributes. Such a text is in every prompt of its owner, as
+# are those that the scheduler promoted (`persona_sdk.promotion`), which stand behind the pinned ones.
 PINNED = {"pinned": True}
 _OWNERS_IN_RAM = 1024
 
@@ -45,6 +47,17 @@ _log = logging.getLogger("persona_sdk.compose")
 def is_pinned(header: CubeHeader) -> bool:
     """Whether a memory is in every prompt of its owner."""
     return header.attributes.get("pinned") is True
+
+
+def promoted_ids(cubes: Iterable[MemCube]) -> set[str]:
+    """The texts that an owner's activation cubes put into every prompt."""
+    return {
+        source.cube_id
+        for cube in cubes
+        if cube.header.semantic_type == PROMOTION and cube.header.trust == "system"
+        for source in cube.header.sources
+        if source.owner == cube.owner
+    }
 
 
 class ChatOptions(GenerationOptions):
@@ -266,10 +279,14 @@ class PinnedMemories:
             if owner in self._kept and self._kept[owner][0] == state:
                 self._kept.move_to_end(owner)
                 return self._kept[owner][1]
+        texts = self._store.cubes(owner, revision=revision, kind="plaintext")
+        promoted = promoted_ids(self._store.cubes(owner, revision=revision, kind="activation"))
+        pinned = [cube for cube in texts if is_pinned(cube.header)]
+        pinned += [cube for cube in texts if cube.id in promoted and not is_pinned(cube.header)]
         passages = tuple(
             Passage(cube.id, cube.owner, cube.text, 1.0, cube.header.created_at, cube.header)
-            for cube in self._store.cubes(owner, revision=revision, kind="plaintext")
-            if cube.text is not None and is_pinned(cube.header)
+            for cube in pinned
+            if cube.text is not None and cube.state != "archived"
         )
         with self._lock:
             self._kept[owner] = (state, passages)

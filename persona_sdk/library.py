@@ -23,7 +23,7 @@ from persona_sdk.errors import (
     NotFoundError,
     RevisionConflictError,
 )
-from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Revision, Source
+from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Origin, Revision, Source
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import Contribution
 
@@ -32,11 +32,12 @@ _TRIES = 50
 
 
 class AdapterFacts(FrozenConfig):
-    """What an adapter's cube says in its attributes."""
+    """What an adapter's cube says in its attributes; ``report`` is what examined it, if anything did."""
 
     family: str
     base: str
     config: dict[str, Any]
+    report: dict[str, Any] | None = None
 
 
 class AttachmentFacts(FrozenConfig):
@@ -90,7 +91,15 @@ class AdapterLibrary:
         store.on_forget(lambda _owner: self._cache.clear())
 
     def add(
-        self, name: str, adapter: Adapter, *, sources: Sequence[MemCube] = (), kind: str | None = None
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        sources: Sequence[MemCube] = (),
+        kind: str | None = None,
+        report: Mapping[str, Any] | None = None,
+        origin: Origin | None = None,
+        message: str | None = None,
     ) -> MemCube:
         """File an adapter under ``owner/name`` (``name`` alone means ``shared/name``); replaces an old one.
 
@@ -102,6 +111,9 @@ class AdapterLibrary:
             sources: the memories it was trained from. Forgetting one of them retires the adapter.
             kind: ``"user"`` or ``"group"``, for an owner that is not in the store yet; if left out, that of
                 its handle, else a group.
+            report: what an examination of it found; kept in its attributes.
+            origin: where it came from.
+            message: a note for the history.
 
         Raises:
             IncompatibleAdapterError: made for another base model.
@@ -115,9 +127,13 @@ class AdapterLibrary:
                 title=title,
                 semantic_type="adapter",
                 trust="system",
+                origin=origin or Origin(),
                 sources=tuple(Source.of(cube) for cube in sources),
                 attributes=AdapterFacts(
-                    family=adapter.family, base=adapter.base, config=adapter.config.model_dump(mode="json")
+                    family=adapter.family,
+                    base=adapter.base,
+                    config=adapter.config.model_dump(mode="json"),
+                    report=None if report is None else dict(report),
                 ).model_dump(),
             ),
         )
@@ -127,8 +143,8 @@ class AdapterLibrary:
         def changes() -> dict[str, Any]:
             return {"retire": [cube.id for cube in self._adapters(owner) if cube.header.title == title]}
 
-        message = f"adapter {name}"
-        revision = commit_edit(self._store, owner, changes, kind=kind, add=(draft,), message=message)
+        note = message or f"adapter {name}"
+        revision = commit_edit(self._store, owner, changes, kind=kind, add=(draft,), message=note)
         return self._store.get(owner, revision.added[0])
 
     def names(self, owner: str | None = None) -> list[str]:

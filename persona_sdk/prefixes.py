@@ -15,12 +15,14 @@ of an adapter or a gate it is never found again, and `warm` retires it. Reads wr
 """
 
 import hashlib
+import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -33,11 +35,12 @@ from persona_sdk.engine.request import Request
 from persona_sdk.errors import NotFoundError, RevisionConflictError, StoreError
 from persona_sdk.library import AdapterLibrary, Unused
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, MemoryStore, Source
+from persona_sdk.memory.facts import PREFIX
 from persona_sdk.models import LanguageModel
 from persona_sdk.prompting import Message, stable_tokens
 from persona_sdk.tensors import Digest, TensorBundle
 
-SEMANTIC_TYPE = "prefix_kv"
+SEMANTIC_TYPE = PREFIX
 TOKENS = "tokens"
 _TRIES = 10
 _OWNERS_IN_RAM = 1024
@@ -50,7 +53,8 @@ class PrefixFacts(FrozenConfig):
 
     ``chain`` is the hash of its last block boundary and includes the composition; ``lead`` positions of a
     soft prefix stand before the first of ``length`` tokens. ``dtype`` is that of the keys and values,
-    ``branches`` that of the adapters they were computed with.
+    ``branches`` that of the adapters they were computed with. ``tokenizer`` is the hash of what made the
+    tokens; the base model's fingerprint, which is part of ``composition``, does not cover it.
     """
 
     composition: Digest
@@ -62,6 +66,7 @@ class PrefixFacts(FrozenConfig):
     system_sha256: str
     dtype: str
     branches: str = "float32"
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,11 @@ class PrefixLibrary:
         self._store = store
         self._library = library
         self._composer = composer
-        self._precision = {"dtype": str(shape.dtype).removeprefix("torch."), "branches": branch_precision}
+        self._identity = {
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "branches": branch_precision,
+            "tokenizer": tokenizer_fingerprint(model.tokenizer),
+        }
         self._block = block
         self._known: OrderedDict[str, tuple[object, tuple[Kept, ...]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -233,7 +242,7 @@ class PrefixLibrary:
             length=len(tokens),
             tokens_sha256=_tokens_sha256(tokens),
             system_sha256=hashlib.sha256(system.encode()).hexdigest(),
-            **self._precision,
+            **self._identity,
         )
         unique = {(source.owner, source.cube_id): source for source in sources}
         return _Stable(composition, tokens, tuple(unique.values()), facts)
@@ -257,8 +266,11 @@ class PrefixLibrary:
     def _usable(self, kept: Kept) -> bool:
         # An archive may claim anything, and numbers cannot be compared with tokens: those are not used.
         facts = kept.facts
-        precision = {"dtype": facts.dtype, "branches": facts.branches}
-        return kept.trusted and facts.block == self._block and precision == self._precision
+        return (
+            kept.trusted
+            and facts.block == self._block
+            and facts.model_dump(include=set(self._identity)) == self._identity
+        )
 
     def _live(self, owner: str) -> tuple[Kept, ...]:
         """The prefix cubes of an owner at its newest revision."""
@@ -279,6 +291,14 @@ class PrefixLibrary:
             if len(self._known) > _OWNERS_IN_RAM:
                 self._known.popitem(last=False)
         return tuple(found)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> Digest:
+    """SHA-256 (hex) of what turns text into tokens: vocabulary, merges, normalization and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    return hashlib.sha256(f"tokenizer-1\0{rules}\0{template}".encode()).hexdigest()
 
 
 def _draft(stable: _Stable, payload: TensorBundle) -> CubeDraft:
