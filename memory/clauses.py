@@ -25,7 +25,7 @@ _CLAUSE = re.compile(
     rf"\s*;\s*|\s+[-–—]+\s+|\s*—\s*"
     rf"|\s*,?\s+(?:and then|and|but|so|because|although|though|whereas|yet|or)\s+(?={_SUBJECT})"
     rf"|\s*,?\s+(?:but|so|because|although|though|whereas|since i|when i|while i|which|who|where)\s+"
-    rf"|\s*,\s+(?={_SUBJECT}|(?:what|how|can|could|would|do|does|is|are|any|please|which|where|so|not)\b)",
+    rf"|\s*,\s+(?={_SUBJECT}|(?:what|how|can|could|would|do|does|is|are|any|please|which|where|so|not|nice to|pleased to)\b)",
     re.IGNORECASE,
 )
 _LEAD = re.compile(
@@ -47,7 +47,8 @@ _REPORTED = re.compile(
     r"\b(?:(?:he|she|they|who|everyone|everybody|somebody|someone|people|friend|wife|husband|boss|mother|mom|mum"
     r"|father|dad|brother|sister|colleague|teacher|doctor)s?\s+(?:\w+\s+)?"
     r"(?:says?|said|tells?|told|asks?|asked|thinks?|thought|claims?|claimed|wrote|writes|believes?|believed)"
-    r"|(?:says?|said|wrote|quote|reads?|goes|told me|lyrics?|caption|title)\s*[:,]\s*)(?![\w'])",
+    r"|(?:says?|said|wrote|quote|reads?|goes|told me|lyrics?|caption|title)\s*[:,]\s*"
+    r"|\bas (?:the|an?|they|my)\b.{0,30}\b(?:goes|go|says?|puts? it)\b)(?![\w'])",
     re.IGNORECASE,
 )
 _MATERIAL = re.compile(
@@ -63,6 +64,7 @@ _REMEMBER = re.compile(
 )
 _GREETING = re.compile(r"\b(?:hi|hello|hey|good (?:morning|evening|afternoon))\b", re.IGNORECASE)
 
+_MET = re.compile(r"\b(?:nice|pleased|great|good) to meet you\b", re.IGNORECASE)
 _OPENING = re.compile(
     r"(?:hi|hello|hey)(?: there| all| everyone)?|good (?:morning|evening|afternoon)"
     r"|(?:in|since|on|as of|last|this|next|yesterday|today|tomorrow|\w+ (?:days?|weeks?|months?|years?) ago)\b.{0,24}",
@@ -86,13 +88,15 @@ class Clause:
 def asserted(text: str, echoes: Sequence[tuple[int, int]] = ()) -> Iterator[Clause]:
     """The clauses of a turn that its writer asserts, in order."""
     hidden = hide(text, echoes)
-    greeted = False
+    greeted = bool(_MET.search(hidden))
     for start, end in sentences(hidden):
         if _MATERIAL.match(hidden[start:end]):
             return  # what follows is something to work on, not something that is said
         for clause, first, last in _clauses(hidden[start:end]):
-            yield replace(clause, evidence=text[start + first : start + last], greeted=greeted or clause.greeted)
-        greeted = bool(_GREETING.match(hidden[start:end].strip()))
+            yield replace(
+                clause, evidence=text[start + first : start + last], greeted=greeted or clause.greeted
+            )
+        greeted = greeted or bool(_GREETING.match(hidden[start:end].strip()))
 
 
 def hide(text: str, spans: Sequence[tuple[int, int]] = ()) -> str:
@@ -141,7 +145,7 @@ def _clauses(sentence: str) -> Iterator[tuple[Clause, int, int]]:
 def _spans(sentence: str) -> list[tuple[int, int]]:
     """Where the clauses of a sentence lie, without blanks and stops around them."""
     cuts = [(0, 0), *(found.span() for found in _CLAUSE.finditer(sentence)), (len(sentence), len(sentence))]
-    spans = []
+    spans: list[tuple[int, int]] = []
     for (_, start), (end, _) in pairwise(cuts):
         part = sentence[start:end]
         left = len(part) - len(part.lstrip(" \t,"))

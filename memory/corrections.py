@@ -50,7 +50,9 @@ class Correction:
     task: str = ""
 
 
-_PLEASE = r"(?:please |pls |can you |could you |just |next time,? |from now on,? |in future,? |in the future,? )*"
+_PLEASE = (
+    r"(?:please |pls |can you |could you |just |next time,? |from now on,? |in future,? |in the future,? )*"
+)
 _LANGUAGE = r"(?P<v>english|french|german|spanish|italian|portuguese|dutch|polish|russian|turkish|chinese|japanese|korean|arabic|hindi)"
 _KNOWN: tuple[tuple[str, str, str, str], ...] = (  # pattern, trigger, rule, value; {v} is what the pattern found
     (r"\b(?:(?:way |far |much |a bit |a little )?too (?:long|wordy|verbose)|shorter|(?:more|be) (?:concise|brief)|keep it (?:short|brief)"
@@ -90,7 +92,18 @@ _TASK = re.compile(
     r"(?P<task>\w[\w -]{1,40}?)(?=[,.;:!]|\s+(?:please|use|keep|make|be|don't|do not|never|always)\b|\s*\Z)",
     re.IGNORECASE,
 )
-_KNOWN_REGEX = [(re.compile(p, re.IGNORECASE), t, r, v) for p, t, r, v in _KNOWN]
+# How a correction begins. "The film was too long" does not begin so, and is about the film.
+_OPENING = (
+    r"\A(?:(?:please|pls|just|no|ok|okay|sorry|hey|hm+|but|and|can you|could you|that's|that is|that was|this is|it's|it is"
+    r"|your (?:last )?(?:answers?|reply|replies|responses?|messages?|texts?) (?:is|are|was|were)|you're|you are|you were|be"
+    r"|make (?:it|them|that)|keep (?:it|them)|give me|i (?:prefer|want|need|said|would like)|i'd (?:like|prefer)|from now on"
+    r"|next time|in (?:the )?future|always|still|way|far|much|use|answer|reply|respond|write|a|an|with|in"
+    r"|when(?:ever)? [^,]{1,40},?|(?:in|for) [^,]{1,30},)[\s,]+)*?"
+)
+_KNOWN_REGEX = [
+    (re.compile(rf"{_OPENING}(?:{p})", re.IGNORECASE), trigger, rule, value)
+    for p, trigger, rule, value in _KNOWN
+]
 
 
 def distil(text: str, *, task: str = "") -> Correction | None:
@@ -103,7 +116,11 @@ def distil(text: str, *, task: str = "") -> Correction | None:
     hidden = hide(text)
     for start, end in sentences(hidden):
         sentence = hidden[start:end].strip().rstrip(".!")
-        if "\x00" in sentence or sentence.endswith("?") and not re.match(r"(?i)(?:can|could|would) you\b", sentence):
+        if (
+            "\x00" in sentence
+            or sentence.endswith("?")
+            and not re.match(r"(?i)(?:can|could|would) you\b", sentence)
+        ):
             continue
         if found := _rule_in(sentence.rstrip("?")):
             trigger, rule, value = found
@@ -115,7 +132,7 @@ def distil(text: str, *, task: str = "") -> Correction | None:
 def _rule_in(sentence: str) -> tuple[str, str, str] | None:
     """Trigger, rule and value."""
     for pattern, trigger, rule, value in _KNOWN_REGEX:
-        if found := pattern.search(sentence):
+        if len(sentence.split()) <= 16 and (found := pattern.match(sentence)):
             groups = found.groupdict()
             word = groups.get("v") or groups.get("w") or ""
             word = word.capitalize() if trigger == "language of replies" else word
@@ -168,17 +185,17 @@ class Corrections:
         if found is None or found.scope == "turn":
             return None
         head = self._store.head(owner)
-        change = self.change(self.rules(owner) if head else [], found, turn)
+        change = self.change(self.rules(owner) if head else [], found, [turn] if turn else [])
         revision = self._store.commit(
             owner, add=change.add, retire=change.retire, message="correction", parent=head
         )
         return self._store.get(owner, revision.added[0])
 
-    def change(self, rules: Sequence[MemCube], found: Correction, turn: MemCube | None = None) -> Change:
-        """What a correction does to the rules that are there. Nothing is written."""
+    def change(self, rules: Sequence[MemCube], found: Correction, turns: Sequence[MemCube] = ()) -> Change:
+        """What a correction, made in each of `turns`, does to the rules that are there. Nothing is written."""
         old = self._rival(rules, found)
         same = old is not None and str(old.header.attributes.get("rule")) == found.rule
-        times = 1 + (_times(old) if old is not None and same else 0)
+        times = max(len(turns), 1) + (_times(old) if old is not None and same else 0)
         lasting = found.scope == "always" or times >= self._config.confirmations
         attributes = {
             "trigger": found.trigger,
@@ -191,12 +208,12 @@ class Corrections:
             "confidence": 1 - 0.5**times,
             "supersedes": old.id if old is not None and not same else None,
         }
-        sources = (Source.of(turn),) if turn is not None else ()
+        sources = tuple(Source.of(turn) for turn in turns)
         kept = old.header.sources if old is not None and same else ()
         header = {
             "semantic_type": RULE,
             "title": found.trigger,
-            "origin": Origin(kind="derived", session=turn.header.origin.session if turn else ""),
+            "origin": Origin(kind="derived", session=turns[-1].header.origin.session if turns else ""),
             "sources": tuple(dict.fromkeys((*kept, *sources))),
             "parents": (old.id,) if old is not None and same else (),
             "attributes": attributes,
@@ -211,7 +228,11 @@ class Corrections:
 
     def _rival(self, rules: Sequence[MemCube], found: Correction) -> MemCube | None:
         """The newest rule on the same trigger and task that may be replaced."""
-        near = [r for r in rules if r.state != "frozen" and r.header.attributes.get("task", "") in ("", found.task)]
+        near = [
+            r
+            for r in rules
+            if r.state != "frozen" and r.header.attributes.get("task", "") in ("", found.task)
+        ]
         if not near:
             return None
         triggers = [str(rule.header.attributes.get("trigger", "")) for rule in near]

@@ -28,7 +28,9 @@ _STOPWORDS = frozenset(
     "a an the and or of to in on at for with from by is are was were be been am i me my we our you your he she it they"
     " user user's said says that this also just very really so do does did has have had".split()
 )
-_NEGATIONS = frozenset("not no never nor longer don't doesn't isn't didn't can't cannot without hates dislikes".split())
+_NEGATIONS = frozenset(
+    "not no never nor longer don't doesn't isn't didn't can't cannot without hates dislikes".split()
+)
 
 
 class DuplicateConfig(FrozenConfig):
@@ -59,7 +61,9 @@ def content_words(text: str) -> list[str]:
     """The words that carry what a statement says, without plural s; negations are kept apart."""
     words = re.findall(r"\w+(?:'\w+)?", text.casefold())
     kept = [word for word in words if word not in _STOPWORDS and word not in _NEGATIONS]
-    return [word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "su" else word for word in kept]
+    return [
+        word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "isu" else word for word in kept
+    ]
 
 
 def overlap(a: str, b: str) -> float:

@@ -99,8 +99,9 @@ class Ledger:
     def _take_loose(self, new: Held, otherwise: str = "added") -> str:
         """Take in a statement without rivals, unless it is a near-duplicate."""
         rivals = [held for held in self._held if held.text in self._vectors and _comparable(held, new)]
-        matrix = torch.stack([self._vectors[held.text] for held in rivals]) if rivals else torch.zeros(0, 0)
-        match = nearest(new.text, self._vectors[new.text], [held.text for held in rivals], matrix, self._config)
+        vector = self._vectors[new.text]
+        matrix = torch.stack([self._vectors[held.text] for held in rivals]) if rivals else vector[None, :][:0]
+        match = nearest(new.text, vector, [held.text for held in rivals], matrix, self._config)
         old = None if match.place is None else rivals[match.place]
         if old is not None and match.relation == "repeated":
             self._use(old)
@@ -131,7 +132,9 @@ class Ledger:
             for held in versions
             if held.cube is not None
         ]
-        change.add += [CubeDraft(text=held.text, header=held.header) for held in self._held if held.cube is None]
+        change.add += [
+            CubeDraft(text=held.text, header=held.header) for held in self._held if held.cube is None
+        ]
         change.repeated = [name for name in dict.fromkeys(change.repeated) if name not in change.retire]
         return change
 
@@ -147,7 +150,9 @@ def _comparable(held: Held, new: Held) -> bool:
 def _mergeable(held: Held, new: Held) -> bool:
     tagged = (UNCONFIRMED in held.header.tags) == (UNCONFIRMED in new.header.tags)
     extracted = held.get("evidence") is not None and held.header.valid_to is None
-    return tagged and extracted and held.header.trust == new.header.trust and may_change(held, new.header.trust)
+    return (
+        tagged and extracted and held.header.trust == new.header.trust and may_change(held, new.header.trust)
+    )
 
 
 def _merged(old: Held, new: Held) -> Held:
@@ -162,5 +167,3 @@ def _merged(old: Held, new: Held) -> Held:
         }
     )
     return Held(new.text, header, old.cube)
-
-

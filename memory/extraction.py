@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from persona_sdk.memory import grammar
 from persona_sdk.memory.clauses import Clause, asserted, sentences
+from persona_sdk.memory.lexicon import RELATIONS
 from persona_sdk.memory.statement import Statement, Turn
 
 MAX_CHARS = 20_000  # of one turn that rules look at; the turn itself is stored whole
@@ -21,17 +22,30 @@ _ASSENT = re.compile(
     r"(?:[\s,]+(?:yes|exactly|correct|right|that's right|that's correct|indeed|i do|i am|thanks|you're right))*\W*",
     re.IGNORECASE,
 )
-_TAG = re.compile(r",?\s*(?:right|correct|is that right|is that correct|don't you|aren't you|isn't it)\s*\?\s*\Z", re.IGNORECASE)
+_TAG = re.compile(
+    r",?\s*(?:right|correct|is that right|is that correct|don't you|aren't you|isn't it)\s*\?\s*\Z",
+    re.IGNORECASE,
+)
 _ASKED = (
     (re.compile(r"\A(?:do|did) you\b", re.IGNORECASE), "I"),
     (re.compile(r"\Aare you\b", re.IGNORECASE), "I am"),
     (re.compile(r"\Ahave you\b", re.IGNORECASE), "I have"),
 )
-_FIRST_PERSON = {"you are": "I am", "you're": "I'm", "you've": "I've", "yourself": "myself", "your": "my", "you": "I"}
+_FIRST_PERSON = {
+    "you are": "I am",
+    "you're": "I'm",
+    "you've": "I've",
+    "yourself": "myself",
+    "your": "my",
+    "you": "I",
+}
 _SECOND = re.compile(rf"\b(?:{'|'.join(sorted(_FIRST_PERSON, key=len, reverse=True))})\b", re.IGNORECASE)
 _BEFORE = re.compile(r"\A(?:so|then|ok|okay|ah|got it|i see|if i remember correctly|i remember that|you said|you mentioned"
                      r"|you told me|that)[\s,:.!]+", re.IGNORECASE)  # fmt: skip
-_ABOUT_ME = re.compile(r"\A(?:i|i'm|i've|my|we|we're|we've|our)\b", re.IGNORECASE)
+_ABOUT_ME = re.compile(
+    rf"\A(?:i|i'm|i've|we|we're|we've|(?:my|our)(?! (?:\w+ )?(?:{'|'.join(sorted(RELATIONS))}|friend|colleague)s?\b))\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,12 @@ class RuleExtractor:
                 if not known and self._general and (found := as_said(clause, place)):
                     yield found
             before = turns[place - 1] if place else None
-            if before and before.role == "assistant" and before.session == turn.session and assents(turn.text):
+            if (
+                before
+                and before.role == "assistant"
+                and before.session == turn.session
+                and assents(turn.text)
+            ):
                 for found in _assented(before):
                     yield replace(found, turns=(place - 1, place))
 

@@ -164,10 +164,12 @@ PATTERNS: tuple[Pattern, ...] = (
     _p("job", rf"my (?:job|occupation|profession) is {_V}", "is", a_job),
     _p("relation", rf"my (?:\w+ )?(?P<k>{_KIN})(?:'s name(?: is|'s)| is called| is named|'s called) {_V}",
        "'s {k} is called", a_name, strength=0.9),
+    _p("relation", rf"my (?:\w+ )?(?P<k>{_KIN}),? (?-i:(?P<v>[A-Z][\w'-]+)),? .+", "'s {k} is called", a_name),
     _p("has_pet", rf"{_I} (?:have|own|adopted|got)(?: got)? (?:an?|one) (?:[\w-]+ )?(?P<k>{_PET}) (?:named|called) {_V}",
        "has a {k} called", a_name),
     _p("has_pet", rf"my (?P<k>{_PET})(?:'s name is| is called| is named|'s called) {_V}", "has a {k} called", a_name),
-    _p("has_pet", rf"{_I} (?:have|own|adopted|got)(?: got)? (?P<v>(?:\w+ ){{1,3}}?{_PET})", "has"),
+    _p("has_pet", rf"{_I} (?:have|own|adopted|got)(?: got)? (?P<v>(?:\w+ ){{1,3}}?{_PET}"
+       rf"(?:(?:,| and|, and) (?:\w+ ){{1,3}}?{_PET})*)", "has", many=True),
     _p("family", rf"{_I} have(?: got)? (?P<v>{_SOME}(?: \w+)? {_FAMILY})", "has"),
     _p("native_language", r"my (?:native|first) (?:language|tongue) is (?P<v>\w+)", "'s native language is"),
     _p("native_language", rf"{_AM} an? native (?P<v>\w+) speaker", "'s native language is"),
@@ -209,7 +211,9 @@ _TRAILING = re.compile(
     re.IGNORECASE,
 )
 _GREETED = re.compile(r"\A(?:[Ii]'m|[Ii] am|[Tt]his is) (?P<v>[A-Z][\w'-]+(?: [A-Z][\w'-]+)?)(?: here)?\Z")
-_PAIRS = frozenset(("fish and chips", "rock and roll", "mac and cheese", "bed and breakfast", "drum and bass"))
+_PAIRS = frozenset(
+    ("fish and chips", "rock and roll", "mac and cheese", "bed and breakfast", "drum and bass")
+)
 _OPPOSITE: dict[Polarity, Polarity | None] = {"positive": "negative", "negative": None, "ended": "ended"}
 _LIST = re.compile(r"\s*,\s*(?:and |or )?|\s+(?:and|or|nor|&)\s+", re.IGNORECASE)
 
@@ -246,7 +250,8 @@ def _of(
     if form.past and time.end is not None:
         polarity = "positive"  # it was so, in a time that is known
     elif form.past:
-        start, phrase = None, phrase.replace("since ", "in ")  # the time is one when it was so, not its end
+        # The time is one when it was so, not its end.
+        start, phrase = None, "" if time.span else phrase.replace("since ", "in ")
     for value in _values(pattern, found["v"], clause.text):
         shown = f"{'an' if value[0].lower() in 'aeiou' else 'a'} {value}" if attribute == "job" else value
         shown = f"{value} units" if value.lower() in ("metric", "imperial") else shown
@@ -274,7 +279,9 @@ def _values(pattern: Pattern, found: str, clause: str) -> list[str]:
     parts = _LIST.split(whole) if pattern.many else [whole]
     if max(len(part.split()) for part in parts) > 3 or whole.lower() in _PAIRS:
         parts = [whole]  # "walking my dog and watching the sea" is no list of names
-    values = [re.sub(r"(?i)\A(?:an?|my|some|any|the(?! [A-Z]))\s+(?=\w)", "", _trimmed(part)) for part in parts]
+    values = [
+        re.sub(r"(?i)\A(?:a (?:little|bit of)|an?|my|some|any|the(?-i:(?! [A-Z])))\s+(?=\w)", "", _trimmed(part)) for part in parts
+    ]
     return [v for v in values if v and len(v) <= MAX_VALUE and pattern.accepts(v, clause)]
 
 

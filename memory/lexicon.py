@@ -40,9 +40,40 @@ _OCCUPATIONS = frozenset(
     " cto cfo secretary receptionist librarian nanny maid janitor gardener tailor hairdresser barber translator"
     " interpreter postdoc intern apprentice monk priest pastor rabbi imam diplomat politician mayor".split()
 )
-_ENDINGS = ("engineer", "ologist", "ician", "istant", "apist", "rapher", "manager", "accountant", "designer", "writer")
-_ENDINGS += ("worker", "maker", "keeper", "officer", "agent", "planner", "broker", "banker", "pharmacist", "director")
-_ENDINGS += ("physicist", "chemist", "economist", "florist", "illustrator", "administrator", "operator", "educator")
+_ENDINGS: tuple[str, ...] = (
+    "engineer",
+    "ologist",
+    "ician",
+    "istant",
+    "apist",
+    "rapher",
+    "manager",
+    "accountant",
+    "designer",
+    "writer",
+)
+_ENDINGS += (
+    "worker",
+    "maker",
+    "keeper",
+    "officer",
+    "agent",
+    "planner",
+    "broker",
+    "banker",
+    "pharmacist",
+    "director",
+)
+_ENDINGS += (
+    "physicist",
+    "chemist",
+    "economist",
+    "florist",
+    "illustrator",
+    "administrator",
+    "operator",
+    "educator",
+)
 
 _NATIONALITIES = re.compile(
     r"(?:french|german|dutch|greek|swiss|thai|czech|welsh|iraqi|israeli|pakistani|afghan|filipino|argentine"

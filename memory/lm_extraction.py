@@ -40,7 +40,9 @@ Answer [] if there is nothing.
 """
 
 _NAMES = re.compile(r"(?<![.!?] )(?<!^)\b[A-Z]\w+|\d+")
-_NEGATED = re.compile(r"\b(?:not|never|don't|doesn't|isn't|hate|hates|dislike|dislikes|can't stand)\b|n't\b", re.IGNORECASE)
+_NEGATED = re.compile(
+    r"\b(?:not|never|don't|doesn't|isn't|hate|hates|dislike|dislikes|can't stand)\b|n't\b", re.IGNORECASE
+)
 _ENDED = re.compile(r"\b(?:no longer|anymore|any more|any longer|used to|stopped|quit)\b", re.IGNORECASE)
 
 
@@ -103,7 +105,11 @@ class LMExtractor:
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The prompt; turns are JSON strings, so no text can end its own quotation."""
         quoted = [
-            {"role": turn.role, "time": turn.at.date().isoformat(), "text": turn.text[: self._limits.turn_chars]}
+            {
+                "role": turn.role,
+                "time": turn.at.date().isoformat(),
+                "text": turn.text[: self._limits.turn_chars],
+            }
             for turn in turns
         ]
         slots = ", ".join([*ATTRIBUTES, *(f"{family}.<name>" for family in FAMILIES)])

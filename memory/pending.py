@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from persona_sdk.errors import RevisionConflictError
-from persona_sdk.memory.rows import CHUNK
 from persona_sdk.memory.schema import pending
 
 Task: TypeAlias = Literal["enrich", "embed"]
@@ -23,7 +22,6 @@ TASKS: tuple[Task, ...] = ("embed", "enrich")
 class Waiting:
     """One task that was not done yet."""
 
-    seq: int
     owner: str
     cube_id: str
     task: Task
@@ -43,13 +41,11 @@ def owners(connection: Connection, *, attempts: int) -> list[str]:
     return list(connection.execute(query.distinct().order_by(pending.c.owner)).scalars())
 
 
-def waiting(
-    connection: Connection, owner: str, *, after: int = 0, limit: int | None = None
-) -> list[Waiting]:
-    """The owner's tasks behind position `after` of the queue, in order, whatever failed."""
-    mine = (pending.c.owner == owner) & pending.c.task.in_(TASKS) & (pending.c.seq > after)
-    query = select(pending).where(mine).order_by(pending.c.seq).limit(limit)
-    return [Waiting(r.seq, r.owner, r.cube_id, r.task, r.attempts) for r in connection.execute(query)]
+def waiting(connection: Connection, owner: str) -> list[Waiting]:
+    """The owner's tasks in order, also those that failed too often."""
+    mine = (pending.c.owner == owner) & pending.c.task.in_(TASKS)
+    query = select(pending).where(mine).order_by(pending.c.seq)
+    return [Waiting(r.owner, r.cube_id, r.task, r.attempts) for r in connection.execute(query)]
 
 
 def finish(connection: Connection, owner: str, tasks: Sequence[Waiting]) -> None:
@@ -58,20 +54,18 @@ def finish(connection: Connection, owner: str, tasks: Sequence[Waiting]) -> None
     Raises:
         RevisionConflictError: one is not there any more; somebody else has done it, or its cube is forgotten.
     """
-    gone = 0
-    for start in range(0, len(tasks), CHUNK):
-        seqs = [task.seq for task in tasks[start : start + CHUNK]]
-        found = delete(pending).where(pending.c.owner == owner, pending.c.seq.in_(seqs))
-        gone += connection.execute(found).rowcount
-    if gone != len(tasks):
-        raise RevisionConflictError("Another process has done this work.", hint="Look at the queue again.")
+    for task in tasks:
+        if not connection.execute(delete(pending).where(_is(task, owner))).rowcount:
+            raise RevisionConflictError(
+                "Somebody else has done this work.", hint="Look at the queue again; nothing was committed."
+            )
 
 
 def fail(connection: Connection, owner: str, tasks: Sequence[Waiting]) -> None:
     """Count a failed attempt."""
     for task in tasks:
-        mine = (pending.c.owner == owner) & (pending.c.seq == task.seq)
-        connection.execute(update(pending).where(mine).values(attempts=pending.c.attempts + 1))
+        counted = update(pending).values(attempts=pending.c.attempts + 1)
+        connection.execute(counted.where(_is(task, owner)))
 
 
 def reset(connection: Connection, owner: str) -> int:
@@ -80,7 +74,6 @@ def reset(connection: Connection, owner: str) -> int:
     return connection.execute(update(pending).where(mine).values(attempts=0)).rowcount
 
 
-def count(connection: Connection, owner: str) -> int:
-    """How many tasks an owner has in the queue."""
-    mine = (pending.c.owner == owner) & pending.c.task.in_(TASKS)
-    return connection.execute(select(func.count()).where(mine)).scalar_one()
+def _is(task: Waiting, owner: str) -> ColumnElement[bool]:
+    # Not by seq: SQLite gives the number of a deleted row to the next one.
+    return (pending.c.owner == owner) & (pending.c.cube_id == task.cube_id) & (pending.c.task == task.task)

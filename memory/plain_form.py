@@ -1,8 +1,8 @@
 """The plain form of a clause: negation and adverbs taken out, and the wording of what is left.
 
-    I no longer like coffee      ->  I like coffee, ended       ->  The user no longer likes coffee.
-    I don't really like coffee   ->  I like coffee, negative    ->  The user does not like coffee.
-    I used to live in Oslo       ->  I live in Oslo, past       ->  The user used to live in Oslo.
+I no longer like coffee      ->  I like coffee, ended       ->  The user no longer likes coffee.
+I don't really like coffee   ->  I like coffee, negative    ->  The user does not like coffee.
+I used to live in Oslo       ->  I live in Oslo, past       ->  The user used to live in Oslo.
 """
 
 import re
@@ -29,16 +29,28 @@ _ANYMORE = re.compile(r"\s*\b(?:anymore|any more|any longer)\b", re.IGNORECASE)
 _ENDED = re.compile(
     rf"\A(?P<who>{_I})(?P<be>'m| am|'re| are)?\s+(?:no longer|(?P<used>used to))\s+", re.IGNORECASE
 )
-_STOPPED = re.compile(rf"\A(?P<who>{_I})(?:'ve| have)? (?:stopped|quit|gave up)\s+(?P<verb>\w+)ing\b", re.IGNORECASE)
+_STOPPED = re.compile(
+    rf"\A(?P<who>{_I})(?:'ve| have)? (?:stopped|quit|gave up)\s+(?P<verb>\w+)ing\b", re.IGNORECASE
+)
 _NOT = re.compile(
     rf"\A(?P<who>{_I})(?:(?P<be>'m| am|'re| are) not|(?:'ve| have)? never|"
     rf" (?:don't|do not|dont|didn't|did not|can't|cannot)(?= (?:like|love|enjoy|eat|drink|speak|live|work|have|own|play"
     rf"|care|study|prefer|use|drive)\b))\s+",
     re.IGNORECASE,
 )
-_IS_NOT = re.compile(r"\A(?P<what>my [\w' ]{1,40}? (?:is|are))(?: not|n't|(?P<ended> no longer))\s+", re.IGNORECASE)
+_IS_NOT = re.compile(
+    r"\A(?P<what>my [\w' ]{1,40}? (?:is|are))(?: not|n't|(?P<ended> no longer))\s+", re.IGNORECASE
+)
 _PAST = re.compile(rf"\A({_I}) (lived|worked|resided)\b(?= (?:in|at|for|as)\b)", re.IGNORECASE)
-_GERUNDS = {"lik": "like", "lov": "love", "liv": "live", "driv": "drive", "us": "use", "danc": "dance", "hik": "hike"}
+_GERUNDS = {
+    "lik": "like",
+    "lov": "love",
+    "liv": "live",
+    "driv": "drive",
+    "us": "use",
+    "danc": "dance",
+    "hik": "hike",
+}
 
 
 def plain(text: str) -> Plain:
@@ -55,7 +67,9 @@ def plain(text: str) -> Plain:
         stem = found["verb"].lower()
         return Plain(f"{found['who']} {_GERUNDS.get(stem, stem)}{text[found.end() :]}", "ended")
     if found := _IS_NOT.match(text):
-        return Plain(f"{found['what']} {text[found.end() :]}", "ended" if over or found["ended"] else "negative")
+        return Plain(
+            f"{found['what']} {text[found.end() :]}", "ended" if over or found["ended"] else "negative"
+        )
     if found := _NOT.match(text):
         rest = re.sub(r"\A(like|love|enjoy|live)d\b", r"\1", text[found.end() :], flags=re.IGNORECASE)
         rest = re.sub(r"\Aenjoyed\b", "enjoy", rest, flags=re.IGNORECASE)

@@ -89,9 +89,13 @@ def stated(connection: Connection, owner: str, slots: Sequence[str]) -> list[Mem
     found: list[str] = []
     now = revisions.head(connection, owner)
     for start in range(0, len(slots), rows.CHUNK):
-        query = select(cubes.c.id).select_from(cubes.join(memberships)).where(live_at(memberships, owner, now))
+        query = (
+            select(cubes.c.id).select_from(cubes.join(memberships)).where(live_at(memberships, owner, now))
+        )
         wanted = cubes.c.slot.in_(slots[start : start + rows.CHUNK])
-        found += connection.execute(query.where(cubes.c.owner == owner, wanted).order_by(cubes.c.seq)).scalars()
+        found += connection.execute(
+            query.where(cubes.c.owner == owner, wanted).order_by(cubes.c.seq)
+        ).scalars()
     return list(rows.lookup(connection, owner, found).values())
 
 

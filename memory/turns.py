@@ -94,7 +94,9 @@ def sessions(cubes: Iterable[MemCube]) -> dict[str, Session]:
     """The stored sessions among cubes."""
     found: dict[str, Session] = {}
     for cube in cubes:
-        if cube.header.semantic_type == TURN and isinstance(number := cube.header.attributes.get("number"), int):
+        if cube.header.semantic_type == TURN and isinstance(
+            number := cube.header.attributes.get("number"), int
+        ):
             session = found.setdefault(cube.header.origin.session, Session())
             session.found[number] = (cube.id, digest(role_of(cube), cube.text or ""))
     return found
@@ -108,7 +110,8 @@ def role_of(cube: MemCube) -> str:
 def as_turn(cube: MemCube, *, new: bool) -> Turn:
     """A stored turn as an extractor sees it."""
     spans = cube.header.attributes.get("echoes")
-    echoes = tuple((int(s[0]), int(s[1])) for s in spans if isinstance(s, list)) if isinstance(spans, list) else ()
+    pairs = spans if isinstance(spans, list) else []
+    echoes = tuple((int(str(p[0])), int(str(p[1]))) for p in pairs if isinstance(p, list) and len(p) == 2)
     role = role_of(cube)
     return Turn(
         role=role if role in ("user", "assistant") else "tool",  # type: ignore[arg-type]

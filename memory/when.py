@@ -41,11 +41,12 @@ _FUTURE = re.compile(r"\b(?:moving|relocating|starting|going to|will|next|tomorr
 
 @dataclass(frozen=True)
 class When:
-    """The validity a phrase gives. ``phrase`` says it in words fit for any later reader."""
+    """The validity a phrase gives. ``phrase`` says it in words fit for any later reader; ``span`` was a length."""
 
     start: datetime | None = None
     end: datetime | None = None
     phrase: str = ""
+    span: bool = False
 
 
 def cut(text: str, said: datetime) -> tuple[str, When]:
@@ -59,8 +60,8 @@ def cut(text: str, said: datetime) -> tuple[str, When]:
     start = _point(start_text, said, later) if start_text else None
     if part["span"]:
         amount, unit = part["span"].rsplit(" ", 1)
-        back = _before(said, _count(amount), unit)
-        start = back and (back, "year" if unit.startswith("year") else "day")
+        back = _before(said.replace(hour=0, minute=0, second=0, microsecond=0), _count(amount), unit)
+        start = (back, "year" if unit.startswith("year") else "day") if back else None
     end_text = part["last"] or part["until"]
     end = _point(end_text, said, later) if end_text else None
     if (start is None and end is None) or (start and end and start[0] > end[0]):
@@ -68,7 +69,7 @@ def cut(text: str, said: datetime) -> tuple[str, When]:
     words = [f"since {_say(*start)}" if start and not end else f"from {_say(*start)}" if start else ""]
     words += [f"until {_say(*end)}" if end else ""]
     rest = f"{text[: found.start()]} {text[found.end() :]}".strip(" ,")
-    return " ".join(rest.split()), When(start and start[0], end and end[0], " ".join(filter(None, words)))
+    return " ".join(rest.split()), When(start and start[0], end and end[0], " ".join(filter(None, words)), bool(part["span"]))
 
 
 _Precise = tuple[datetime, str]
@@ -85,11 +86,13 @@ def _point(text: str, said: datetime, later: bool) -> _Precise | None:
         if text.endswith(" ago"):
             amount, unit = text.removesuffix(" ago").rsplit(" ", 1)
             moment = _before(midnight, _count(amount), unit)
-            return moment and (moment, "month" if unit.startswith(("year", "month")) else "day")
+            return (moment, "month" if unit.startswith(("year", "month")) else "day") if moment else None
         if text.split()[0] in ("last", "this", "next"):
-            return _relative(*text.split(), midnight)
-        if found := re.fullmatch(rf"({_YEAR})-(\d\d)-(\d\d)", text):
-            return midnight.replace(*map(int, found.groups())), "day"
+            which, unit = text.split()
+            return _relative(which, unit, midnight)
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+            date = datetime.fromisoformat(text)
+            return date.replace(tzinfo=said.tzinfo), "day"
         year = re.search(_YEAR, text)
         name = re.search(rf"\b{_MONTH}\b", text)
         day = re.search(r"\b(\d{1,2})(?:st|nd|rd|th)?\b", text)
