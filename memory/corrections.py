@@ -96,7 +96,7 @@ _TASK = re.compile(
 _OPENING = (
     r"\A(?:(?:please|pls|just|no|ok|okay|sorry|hey|hm+|but|and|can you|could you|that's|that is|that was|this is|it's|it is"
     r"|your (?:last )?(?:answers?|reply|replies|responses?|messages?|texts?) (?:is|are|was|were)|you're|you are|you were|be"
-    r"|make (?:it|them|that)|keep (?:it|them)|give me|i (?:prefer|want|need|said|would like)|i'd (?:like|prefer)|from now on"
+    r"|make (?:it|them|that)|keep (?:it|them)|give me|i (?:prefer|want|need|said|would like)|i'd (?:like|prefer)|from now on|this (?:once|time)"
     r"|next time|in (?:the )?future|always|still|way|far|much|use|answer|reply|respond|write|a|an|with|in"
     r"|when(?:ever)? [^,]{1,40},?|(?:in|for) [^,]{1,30},)[\s,]+)*?"
 )

@@ -3,8 +3,8 @@
     cosine c, overlap o = |A ∩ B| / min(|A|, |B|) of the content words A, B
 
     same text                                     repeated   nothing is stored, the old one was used
-    c >= 0.92 and o >= 0.8, same negation and     merged     the more specific text goes on
-      numbers, same attribute
+    c >= 0.92 and o >= 0.8, same negation,        merged     the more specific text goes on
+      names and numbers, same attribute
     c >= 0.80                                     linked     both are kept, the new one names the old one
     otherwise                                     distinct
 
@@ -31,6 +31,8 @@ _STOPWORDS = frozenset(
 _NEGATIONS = frozenset(
     "not no never nor longer don't doesn't isn't didn't can't cannot without hates dislikes".split()
 )
+
+_NAMED = re.compile(r"(?<!^)(?<![.!?] )\b[A-Z]\w+|\b\w*\d\w*")
 
 
 class DuplicateConfig(FrozenConfig):
@@ -111,8 +113,8 @@ def _normal(text: str) -> str:
 
 
 def _agree(a: str, b: str) -> bool:
-    """Whether neither negates the other and they give no different numbers."""
+    """Whether neither negates the other and they give no different names or numbers."""
     first, second = (set(re.findall(r"\w+(?:'\w+)?", text.casefold())) for text in (a, b))
-    numbers = [{word for word in words if any(c.isdigit() for c in word)} for words in (first, second)]
-    differ = bool(numbers[0] and numbers[1] and numbers[0] != numbers[1])
+    named, other = (set(_NAMED.findall(text)) for text in (a, b))
+    differ = bool(named - other) and bool(other - named)
     return not differ and bool(first & _NEGATIONS) == bool(second & _NEGATIONS)

@@ -118,7 +118,7 @@ def settle(rivals: Sequence[Held], new: Held) -> Settled:
     if (same := _same(line, new)) is not None:
         if not _adds(same, new) or not may_change(same, trust):
             return Settled("repeated", line, same)
-        others = [held for held in line if held is not same]
+        others = [_reopened(held, same.start) for held in line if held is not same]
         closed = _closed([*others, _refined(same, new)])
         allowed = all(may_change(held, trust) for held in closed if held.cube and held.changed)
         return Settled("refined", closed, same) if allowed else Settled("repeated", line, same)
@@ -192,6 +192,12 @@ def _refined(held: Held, new: Held) -> Held:
         "attributes": attributes,
     }
     return replace(held, text=new.text).with_header(**fields)
+
+
+def _reopened(held: Held, moment: datetime) -> Held:
+    """Without the end that a rival gave it by beginning at a moment that has turned out wrong."""
+    given = held.header.valid_to == moment and not held.get("ends")
+    return held.with_header(valid_to=None) if given else held
 
 
 def _closed(line: Sequence[Held]) -> list[Held]:
