@@ -25,26 +25,30 @@ _CLAUSE = re.compile(
     rf"\s*;\s*|\s+[-–—]+\s+|\s*—\s*"
     rf"|\s*,?\s+(?:and then|and|but|so|because|although|though|whereas|yet|or)\s+(?={_SUBJECT})"
     rf"|\s*,?\s+(?:but|so|because|although|though|whereas|since i|when i|while i|which|who|where)\s+"
-    rf"|\s*,\s+(?={_SUBJECT}|(?:what|how|can|could|would|do|does|is|are|any|please|which|where|so|not|nice to|pleased to)\b)",
+    rf"|\s*,\s+(?={_SUBJECT}|(?:what|how|can|could|would|do|does|is|are|any|please|which|where|so|not|nice"
+    rf" to|pleased to)\b)",
     re.IGNORECASE,
 )
 _LEAD = re.compile(
     r"(?:(?:well|actually|btw|by the way|oh|ah|ok|okay|and|but|also|so|yes|yeah|yep|no|nope|fyi|hi|hello|hey"
     r"|hey there|hi there|good (?:morning|evening|afternoon)|just so you know|as i said|as you know|honestly"
     r"|to be honest|tbh|anyway|first of all|for context|for the record|in fact|you know|look|sorry|thanks"
-    r"|thank you|currently|nowadays|these days|now|today|sadly|unfortunately|luckily|personally|update|correction)"
+    r"|thank you|currently|nowadays|these days|now|today|sadly|unfortunately|luckily|personally|update"
+    r"|correction)"
     r"[\s,:.!]+)+",
     re.IGNORECASE,
 )
 _UNREAL = re.compile(
-    r"\b(?:wish|if only|if i|if we|suppose|supposing|imagine|imagining|pretend|let's say|let us say|as if|as though"
+    r"\b(?:wish|if only|if i|if we|suppose|supposing|imagine|imagining|pretend|let's say|let us say|as if"
+    r"|as though"
     r"|hypothetical\w*|dream(?:t|ed|s)?|role-?play|would|could|might|maybe|perhaps|should|i'd|we'd|what if"
     r"|unless|whether|for example|for instance|e\.g\.|my character|in (?:the|my|this|that|a) "
     r"(?:story|novel|book|movie|film|game|play|poem|song|dream|scenario|example))(?![\w'])",
     re.IGNORECASE,
 )
 _REPORTED = re.compile(
-    r"\b(?:(?:he|she|they|who|everyone|everybody|somebody|someone|people|friend|wife|husband|boss|mother|mom|mum"
+    r"\b(?:(?:he|she|they|who|everyone|everybody|somebody|someone|people|friend|wife|husband|boss|mother"
+    r"|mom|mum"
     r"|father|dad|brother|sister|colleague|teacher|doctor)s?\s+(?:\w+\s+)?"
     r"(?:says?|said|tells?|told|asks?|asked|thinks?|thought|claims?|claimed|wrote|writes|believes?|believed)"
     r"|(?:says?|said|wrote|quote|reads?|goes|told me|lyrics?|caption|title)\s*[:,]\s*"
@@ -52,8 +56,10 @@ _REPORTED = re.compile(
     re.IGNORECASE,
 )
 _MATERIAL = re.compile(
-    r"^\W*(?:please |can you |could you |help me )*(?:translate|proofread|rewrite|rephrase|paraphrase|summari[sz]e"
-    r"|correct|fix|edit|improve|check|write|draft|compose|say|repeat|act|respond as|you are|here is|here's|below is)\b",
+    r"^\W*(?:please |can you |could you |help me )*(?:translate|proofread|rewrite|rephrase|paraphrase"
+    r"|summari[sz]e"
+    r"|correct|fix|edit|improve|check|write|draft|compose|say|repeat|act|respond as|you are|here is|here's"
+    r"|below is)\b",
     re.IGNORECASE,
 )
 
@@ -67,7 +73,8 @@ _GREETING = re.compile(r"\b(?:hi|hello|hey|good (?:morning|evening|afternoon))\b
 _MET = re.compile(r"\b(?:nice|pleased|great|good) to meet you\b", re.IGNORECASE)
 _OPENING = re.compile(
     r"(?:hi|hello|hey)(?: there| all| everyone)?|good (?:morning|evening|afternoon)"
-    r"|(?:in|since|on|as of|last|this|next|yesterday|today|tomorrow|\w+ (?:days?|weeks?|months?|years?) ago)\b.{0,24}",
+    r"|(?:in|since|on|as of|last|this|next|yesterday|today|tomorrow|\w+ (?:days?|weeks?|months?|years?)"
+    r" ago)\b.{0,24}",
     re.IGNORECASE,
 )
 

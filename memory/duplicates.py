@@ -1,4 +1,4 @@
-"""Near-duplicates: whether two statements say the same, by the angle between them and by the words they share.
+"""Near-duplicates: whether two statements say the same, by their angle and by the words they share.
 
     cosine c, overlap o = |A ∩ B| / min(|A|, |B|) of the content words A, B
 
@@ -24,15 +24,20 @@ from persona_sdk.config import FrozenConfig
 
 Relation: TypeAlias = Literal["repeated", "merged", "linked", "distinct"]
 
+_WORD = re.compile(r"\w+(?:'\w+)?")
+_NAMED = re.compile(r"(?<!^)(?<![.!?] )\b[A-Z]\w+|\b\w*\d\w*")
 _STOPWORDS = frozenset(
-    "a an the and or of to in on at for with from by is are was were be been am i me my we our you your he she it they"
-    " user user's said says that this also just very really so do does did has have had".split()
+    _WORD.findall(
+        """
+        a an the and or of to in on at for with from by is are was were be been am i me my we our you
+        your he she it they user user's said says that this also just very really so do does did has
+        have had
+        """
+    )
 )
 _NEGATIONS = frozenset(
-    "not no never nor longer don't doesn't isn't didn't can't cannot without hates dislikes".split()
+    _WORD.findall("not no never nor longer don't doesn't isn't didn't can't cannot without")
 )
-
-_NAMED = re.compile(r"(?<!^)(?<![.!?] )\b[A-Z]\w+|\b\w*\d\w*")
 
 
 class DuplicateConfig(FrozenConfig):
@@ -61,7 +66,7 @@ class Match:
 
 def content_words(text: str) -> list[str]:
     """The words that carry what a statement says, without plural s; negations are kept apart."""
-    words = re.findall(r"\w+(?:'\w+)?", text.casefold())
+    words = _WORD.findall(text.casefold())
     kept = [word for word in words if word not in _STOPWORDS and word not in _NEGATIONS]
     return [
         word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "isu" else word for word in kept
@@ -109,12 +114,12 @@ def nearest(
 
 
 def _normal(text: str) -> str:
-    return " ".join(re.findall(r"\w+(?:'\w+)?", text.casefold()))
+    return " ".join(_WORD.findall(text.casefold()))
 
 
 def _agree(a: str, b: str) -> bool:
     """Whether neither negates the other and they give no different names or numbers."""
-    first, second = (set(re.findall(r"\w+(?:'\w+)?", text.casefold())) for text in (a, b))
+    first, second = (set(_WORD.findall(text.casefold())) for text in (a, b))
     named, other = (set(_NAMED.findall(text)) for text in (a, b))
     differ = bool(named - other) and bool(other - named)
     return not differ and bool(first & _NEGATIONS) == bool(second & _NEGATIONS)

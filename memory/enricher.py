@@ -1,7 +1,7 @@
 """Working out what turns say: a batch of one owner's waiting turns, in one commit.
 
-Extraction comes first and is not repeated, however slow it is. Then the statements are settled against what is
-stored, and written if nobody else has committed since; otherwise they are settled again.
+Extraction comes first and is not repeated, however slow it is. Then the statements are settled against what
+is stored, and written if nobody else has committed since; otherwise they are settled again.
 """
 
 import logging
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from persona_sdk.errors import NotFoundError, RevisionConflictError
 from persona_sdk.memory import pending, slots, turns
-from persona_sdk.memory.corrections import Correction, Corrections, distil
+from persona_sdk.memory.corrections import Corrections
 from persona_sdk.memory.cube import MemCube, TextEncoder
+from persona_sdk.memory.distil import Correction, distil
 from persona_sdk.memory.enrichment import Change, Ledger, held_of
 from persona_sdk.memory.extraction import Extractor
 from persona_sdk.memory.pending import Waiting

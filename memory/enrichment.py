@@ -1,8 +1,8 @@
 """From candidate statements to one commit: contradictions settled, duplicates folded, provenance attached.
 
-A `Ledger` is the working set of one batch: the stored statements that the new ones may touch, and the new ones.
-Nothing is written here. What is changed of a stored statement becomes a new version of it, whose parent is the
-old one, which is retired.
+A `Ledger` is the working set of one batch: the stored statements that the new ones may touch, and the new
+ones. Nothing is written here. What is changed of a stored statement becomes a new version of it, whose
+parent is the old one, which is retired.
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,9 +17,11 @@ from persona_sdk.memory.statement import Statement, Turn
 MAX_CHARS = 20_000  # of one turn that rules look at; the turn itself is stored whole
 
 _ASSENT = re.compile(
-    r"\W*(?:yes|yep|yeah|yup|exactly|correct|right|true|indeed|absolutely|that's right|that is right|that's correct"
+    r"\W*(?:yes|yep|yeah|yup|exactly|correct|right|true|indeed|absolutely|that's right|that is right"
+    r"|that's correct"
     r"|that is correct|you're right|you got it|sure is|i do|i am|i did|i have|of course|precisely)"
-    r"(?:[\s,]+(?:yes|exactly|correct|right|that's right|that's correct|indeed|i do|i am|thanks|you're right))*\W*",
+    r"(?:[\s,]+(?:yes|exactly|correct|right|that's right|that's correct|indeed|i do|i am|thanks|you're"
+    r" right))*\W*",
     re.IGNORECASE,
 )
 _TAG = re.compile(
@@ -40,17 +42,19 @@ _FIRST_PERSON = {
     "you": "I",
 }
 _SECOND = re.compile(rf"\b(?:{'|'.join(sorted(_FIRST_PERSON, key=len, reverse=True))})\b", re.IGNORECASE)
-_BEFORE = re.compile(r"\A(?:so|then|ok|okay|ah|got it|i see|if i remember correctly|i remember that|you said|you mentioned"
+_BEFORE = re.compile(r"\A(?:so|then|ok|okay|ah|got it|i see|if i remember correctly|i remember that|you"
+    r" said|you mentioned"
                      r"|you told me|that)[\s,:.!]+", re.IGNORECASE)  # fmt: skip
 _ABOUT_ME = re.compile(
-    rf"\A(?:i|i'm|i've|we|we're|we've|(?:my|our)(?! (?:\w+ )?(?:{'|'.join(sorted(RELATIONS))}|friend|colleague)s?\b))\b",
+    rf"\A(?:i|i'm|i've|we|we're|we've|(?:my|our)(?! (?:\w+ )?(?:{'|'.join(sorted(RELATIONS))}|friend"
+    rf"|colleague)s?\b))\b",
     re.IGNORECASE,
 )
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What was found. ``problem`` says why an extractor could not do its own work and fell back, "" if it did."""
+    """What was found. ``problem``: why an extractor fell back on another one, "" if it did not."""
 
     statements: tuple[Statement, ...] = ()
     problem: str = ""

@@ -1,4 +1,4 @@
-"""Taking in conversations: turns verbatim, searchable at once, with a task in the queue. One transaction each."""
+"""Taking in conversations: turns verbatim, searchable at once, queued for enrichment, in one transaction."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, RevisionConflictError
 from persona_sdk.memory import pending, turns
-from persona_sdk.memory.cube import CubeDraft, MemCube, TextEncoder, utc_now
+from persona_sdk.memory.cube import CubeDraft, TextEncoder, utc_now
 from persona_sdk.memory.salience import echoes
 from persona_sdk.memory.screening import QUARANTINED, Screen
 from persona_sdk.memory.store import MemoryStore

@@ -2,43 +2,64 @@
 
 import re
 
-RELATIONS = frozenset(
-    "wife husband partner girlfriend boyfriend fiance fiancee spouse son daughter brother sister mother mom mum"
-    " father dad grandmother grandfather boss manager roommate flatmate therapist doctor dentist mentor".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+RELATIONS = _words(
+    """
+    wife husband partner girlfriend boyfriend fiance fiancee spouse son daughter brother sister mother
+    mom mum father dad grandmother grandfather boss manager roommate flatmate therapist doctor dentist
+    mentor
+    """
 )
 
 MARITAL = r"(?:married|single|divorced|engaged|widowed|separated)"
 DIETS = r"(?:vegetarian|vegan|pescatarian|kosher|halal|keto|gluten[- ]free|dairy[- ]free)"
 CONDITIONS = (
-    r"(?:diabetes|asthma|adhd|autism|dyslexia|epilepsy|arthritis|migraines?|celiac disease|coeliac disease|crohn's"
-    r"|crohn's disease|high blood pressure|hypertension|depression|anxiety|insomnia|eczema|lupus|cancer|ibs|ptsd"
-    r"|hay fever|tinnitus|a heart condition)"
+    r"(?:diabetes|asthma|adhd|autism|dyslexia|epilepsy|arthritis|migraines?|celiac disease|coeliac disease"
+    r"|crohn's|crohn's disease|high blood pressure|hypertension|depression|anxiety|insomnia|eczema|lupus"
+    r"|cancer|ibs|ptsd|hay fever|tinnitus|a heart condition)"
 )
-STATES = r"(?:diabetic|asthmatic|dyslexic|colou?r[- ]?blind|deaf|blind|autistic|lactose intolerant|gluten intolerant)"
+STATES = (
+    r"(?:diabetic|asthmatic|dyslexic|colou?r[- ]?blind|deaf|blind|autistic|lactose intolerant"
+    r"|gluten intolerant)"
+)
 
 # First words that show that no lasting value follows.
-NO_VALUE = frozenset(
-    "it that this these those them him her you me us how what when where why who if there one as about of not so"
-    " and but or idea way fact because doing being sure fine ok okay be been do did done".split()
+NO_VALUE = _words(
+    """
+    it that this these those them him her you me us how what when where why who if there one as about of
+    not so and but or idea way fact because doing being sure fine ok okay be been do did done
+    """
 )
-NOT_A_PLACE = frozenset(
-    "a an my your his her our their this that these those fear peace constant denial poverty pain silence general"
-    " harmony luxury tears bed sleep work school fact love case trouble shape town city january february march april"
-    " may june july august september october november december monday tuesday wednesday thursday friday".split()
+NOT_A_PLACE = _words(
+    """
+    a an my your his her our their this that these those fear peace constant denial poverty pain silence
+    general harmony luxury tears bed sleep work school fact love case trouble shape town city january
+    february march april may june july august september october november december monday tuesday
+    wednesday thursday friday
+    """
 )
-NOT_A_CALL = frozenset(
-    "later tomorrow back when if at on a an the crazy old maybe anytime tonight today soon again asap sir mad by for"
-    " names out old-fashioned".split()
+NOT_A_CALL = _words(
+    """
+    later tomorrow back when if at on a an the crazy old maybe anytime tonight today soon again asap sir
+    mad by for names out old-fashioned
+    """
 )
 
-_OCCUPATIONS = frozenset(
-    "nurse doctor chef cook teacher lawyer attorney judge pilot surgeon vet veterinarian dentist midwife paramedic"
-    " plumber electrician carpenter welder mechanic farmer fisherman firefighter fireman policeman policewoman soldier"
-    " sailor author journalist editor poet artist actor actress musician singer dancer model athlete coach trainer"
-    " clerk cashier waiter waitress barista bartender baker butcher driver courier guard student professor lecturer"
-    " researcher scientist architect programmer coder developer analyst consultant freelancer entrepreneur founder ceo"
-    " cto cfo secretary receptionist librarian nanny maid janitor gardener tailor hairdresser barber translator"
-    " interpreter postdoc intern apprentice monk priest pastor rabbi imam diplomat politician mayor".split()
+_OCCUPATIONS = _words(
+    """
+    nurse doctor chef cook teacher lawyer attorney judge pilot surgeon vet veterinarian dentist midwife
+    paramedic plumber electrician carpenter welder mechanic farmer fisherman firefighter fireman
+    policeman policewoman soldier sailor author journalist editor poet artist actor actress musician
+    singer dancer model athlete coach trainer clerk cashier waiter waitress barista bartender baker
+    butcher driver courier guard student professor lecturer researcher scientist architect programmer
+    coder developer analyst consultant freelancer entrepreneur founder ceo cto cfo secretary
+    receptionist librarian nanny maid janitor gardener tailor hairdresser barber translator interpreter
+    postdoc intern apprentice monk priest pastor rabbi imam diplomat politician mayor
+    """
 )
 _ENDINGS: tuple[str, ...] = (
     "engineer",
@@ -79,9 +100,9 @@ _NATIONALITIES = re.compile(
     r"(?:french|german|dutch|greek|swiss|thai|czech|welsh|iraqi|israeli|pakistani|afghan|filipino|argentine"
     r"|(?:brit|span|ir|scott|pol|turk|swed|dan|finn|engl|jew|kurd)ish"
     r"|(?:japan|chin|portugu|vietnam|malt|taiwan|leban|senegal|nepal|congol|sudan|burm)ese"
-    r"|(?:americ|mexic|germ|itali|brazili|russi|ukraini|indi|canadi|australi|austri|belgi|norwegi|hungari|romani|bulgari"
-    r"|korean|south kore|kore|nigeri|keny|ethiopi|egypti|morocc|tunisi|algeri|irani|chile|colombi|peruvi|cub|croati"
-    r"|serbi|indonesi|malaysi|estoni|latvi|lithuani|south afric|europe|venezuel|jamaic|ghana?i|syri)(?:an)?)",
+    r"|(?:americ|mexic|germ|itali|brazili|russi|ukraini|indi|canadi|australi|austri|belgi|norwegi|hungari|romani"
+    r"|bulgari|(?:south )?kore|nigeri|keny|ethiopi|egypti|morocc|tunisi|algeri|irani|chile|colombi|peruvi"
+    r"|cub|croati|serbi|indonesi|malaysi|estoni|latvi|lithuani|south afric|europe|venezuel|jamaic|ghanai|syri)an)",
     re.IGNORECASE,
 )
 

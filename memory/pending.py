@@ -1,8 +1,8 @@
 """The queue of cubes that wait for a task, in the table ``pending``: turns for enrichment, above all.
 
-A task is queued in the transaction that stores its cube and deleted in the one that stores its outcome, so a
-crash at any moment leaves it either waiting or done. Forgetting the cube takes its tasks with it. Functions work
-inside the caller's transaction and take the owner they are about.
+A task is queued in the transaction that stores its cube and deleted in the one that stores its outcome, so
+a crash at any moment leaves it either waiting or done. Forgetting the cube takes its tasks with it.
+Functions work inside the caller's transaction and take the owner they are about.
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,8 @@ class Plain(NamedTuple):
 _I = r"(?:i|we)"
 _ADVERB = re.compile(
     r"\b(?:currently|now|still|also|just|really|actually|absolutely|definitely|totally|always|recently|truly"
-    r"|quite|kind of|sort of|generally|usually|already|finally|simply|mainly|mostly|completely|very|formerly)\s+",
+    r"|quite|kind of|sort of|generally|usually|already|finally|simply|mainly|mostly|completely|very"
+    r"|formerly)\s+",
     re.IGNORECASE,
 )
 _ANYMORE = re.compile(r"\s*\b(?:anymore|any more|any longer)\b", re.IGNORECASE)
@@ -34,7 +35,8 @@ _STOPPED = re.compile(
 )
 _NOT = re.compile(
     rf"\A(?P<who>{_I})(?:(?P<be>'m| am|'re| are) not|(?:'ve| have)? never|"
-    rf" (?:don't|do not|dont|didn't|did not|can't|cannot)(?= (?:like|love|enjoy|eat|drink|speak|live|work|have|own|play"
+    rf" (?:don't|do not|dont|didn't|did not|can't|cannot)(?= (?:like|love|enjoy|eat|drink|speak|live|work"
+    rf"|have|own|play"
     rf"|care|study|prefer|use|drive)\b))\s+",
     re.IGNORECASE,
 )

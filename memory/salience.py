@@ -21,9 +21,12 @@ from persona_sdk.memory.clauses import sentences
 from persona_sdk.memory.statement import Statement
 
 _DURABLE = re.compile(
-    r"\b(?:own|started|began|became|work|works|study|studied|grew|always|never|usually|often|every|since|years|teach"
-    r"|graduated|retired|volunteer|training|train|manage|run|build|collect|practi[cs]e|keep|suffer|struggle|married"
-    r"|born|raised|adopted|bought|joined|founded|wrote|diagnosed|built|travel|commute|sing|paint|write|lost|won"
+    r"\b(?:own|started|began|became|work|works|study|studied|grew|always|never|usually|often|every|since"
+    r"|years|teach"
+    r"|graduated|retired|volunteer|training|train|manage|run|build|collect|practi[cs]e|keep|suffer|struggle"
+    r"|married"
+    r"|born|raised|adopted|bought|joined|founded|wrote|diagnosed|built|travel|commute|sing|paint|write|lost"
+    r"|won"
     r"|husband|wife|partner|son|daughter|kids|children|mother|father|mom|dad|parents|brother|sister)\b",
     re.IGNORECASE,
 )
@@ -32,10 +35,14 @@ _CONCRETE = re.compile(
     r"\d|(?<=\w )(?!I\b|I')[A-Z]\w+|\b(?:one|two|three|four|five|six|ten|twice|daily|weekly)\b"
 )
 _TRANSIENT = re.compile(
-    r"\b(?:think|thought|guess|want|wanted|wanna|need|know|mean|meant|hope|see|saw|agree|understand|wonder|wondering"
-    r"|ask|asking|asked|looking|look|try|trying|tried|will|going|gonna|feel|feeling|sorry|glad|happy|excited|question"
-    r"|meeting|appointment|flight|deadline|exam|call|error|issue|problem|problems|bug|today|tonight|tomorrow|yesterday|moment|minute|minutes|no idea|not sure|heard"
-    r"|read|hear|appreciate|bit|little|got to|have to|'ll|idea|time|fun|great|interesting|been meaning|forgot|just"
+    r"\b(?:think|thought|guess|want|wanted|wanna|need|know|mean|meant|hope|see|saw|agree|understand|wonder"
+    r"|wondering"
+    r"|ask|asking|asked|looking|look|try|trying|tried|will|going|gonna|feel|feeling|sorry|glad|happy"
+    r"|excited|question"
+    r"|meeting|appointment|flight|deadline|exam|call|error|issue|problem|problems|bug|today|tonight"
+    r"|tomorrow|yesterday|moment|minute|minutes|no idea|not sure|heard"
+    r"|read|hear|appreciate|bit|little|got to|have to|'ll|idea|time|fun|great|interesting|been meaning"
+    r"|forgot|just"
     r"|never (?:tried|heard|seen|thought))\b",
     re.IGNORECASE,
 )
@@ -78,7 +85,7 @@ def salient(statement: Statement, config: SalienceConfig) -> bool:
 
 
 def echoes(text: str, prompts: Iterable[str], *, size: int = 4, share: float = 0.6) -> list[tuple[int, int]]:
-    """The sentences of a text that repeat a system prompt: `share` of their runs of `size` words occur there."""
+    """The sentences of a text that repeat a prompt: `share` of their runs of `size` words occur there."""
     known: set[tuple[str, ...]] = set()
     for prompt in prompts:
         words = _words(prompt)

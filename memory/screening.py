@@ -19,11 +19,14 @@ QUARANTINED = "quarantined"  # the tag
 
 _OBJECT = r"(?:instructions?|prompts?|rules|directions|guidelines|directives|messages|context|training)"
 DENIED = (
-    rf"\b(?:ignore|disregard|forget|override|bypass|skip)\b.{{0,40}}\b(?:previous|prior|above|earlier|preceding|all|any"
+    rf"\b(?:ignore|disregard|forget|override|bypass|skip)\b.{{0,40}}\b(?:previous|prior|above|earlier"
+    rf"|preceding|all|any"
     rf"|your|the|these|those)\b.{{0,20}}\b{_OBJECT}\b",
     r"(?m)^\W{0,4}(?:system|assistant|developer|tool|function)\W{0,3}:",
-    r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?(?:system|assistant|instructions?)>|#{2,}\s*(?:system|instructions?)\b",
-    r"\b(?:you are now|from now on,? you are|act as an? (?:unrestricted|uncensored|evil)|do anything now|jailbreak"
+    r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?(?:system|assistant|instructions?)>|#{2,}\s*(?:system"
+    r"|instructions?)\b",
+    r"\b(?:you are now|from now on,? you are|act as an? (?:unrestricted|uncensored|evil)|do anything now"
+    r"|jailbreak"
     r"|developer mode)\b",
     rf"\b(?:new|updated|real|hidden|secret) (?:system )?{_OBJECT}\s*:",
     r"\b(?:reveal|print|show|repeat|output|leak)\b.{0,30}\b(?:system prompt|hidden prompt|initial prompt"

@@ -1,16 +1,16 @@
 """Contradiction: statements of one slot on a line of time, each valid until the next one begins.
 
-Similarity measures what a text is about, not whether it agrees, so rivals are found by their slot and never by
-distance. A statement begins at ``valid_from``, or when it was said if it gives no date:
+Similarity measures what a text is about, not whether it agrees, so rivals are found by their slot and never
+by distance. A statement begins at ``valid_from``, or when it was said if it gives no date:
 
     said                           lives_in, as stored
     "I live in Paris"              Paris  [ever,     -       )
     "I moved to Lyon in May 2024"  Paris  [ever,     May 2024)   a new version, the old one retired
                                    Lyon   [May 2024, -       )
 
-So the current view is right, the view as of an earlier day is right, and what arrives late takes its place in
-the past. What is frozen or more trusted than the newcomer is never changed: then the newcomer is kept beside
-it, without slot and tagged "unconfirmed".
+So the current view is right, the view as of an earlier day is right, and what arrives late takes its place
+in the past. What is frozen or more trusted than the newcomer is never changed: then the newcomer is kept
+beside it, without slot and tagged "unconfirmed".
 """
 
 from collections.abc import Iterable, Sequence
@@ -68,7 +68,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of a newcomer: all statements of the slot from now on, and the one it repeats or refines."""
+    """What became of a newcomer: the slot's statements from now on, and the one it repeats or refines."""
 
     outcome: Outcome
     line: list[Held]
@@ -159,7 +159,7 @@ def _polarity(held: Held) -> str:
 
 
 def _same(line: Sequence[Held], new: Held) -> Held | None:
-    """The statement that says the same and holds when the new one begins, or would if it had begun so early."""
+    """The statement that says the same and holds when the new one begins, or began too late to do so."""
     alike = [held for held in line if _value(held) == _value(new) and _polarity(held) == _polarity(new)]
     for held in reversed(alike):
         if held.header.valid(new.start):

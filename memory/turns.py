@@ -15,6 +15,7 @@ from persona_sdk.memory.statement import Turn
 
 TURN = "turn"  # the semantic type
 TRUST: dict[str, Trust] = {"user": "user", "assistant": "assistant", "tool": "tool"}
+ORIGIN = {"user": "turn", "assistant": "reply", "tool": "tool"}
 MAX_TEXT = 1_000_000
 
 
@@ -56,7 +57,7 @@ def parse(messages: Messages) -> list[Message]:
             fault = error.errors()[0]
             raise InvalidInputError(
                 f"Message {place} cannot be stored: {'.'.join(map(str, fault['loc']))}: {fault['msg']}.",
-                hint='Expected {"role": "user" | "assistant" | "tool" | "system", "content": "..."}; nothing was stored.',
+                hint='Expected {"role": "user" | "assistant" | "tool", "content": "..."}; nothing is stored.',
             ) from error
         clean_text(found.content, f"content of message {place}")
         parsed.append(found)
@@ -83,8 +84,7 @@ def draft(
         semantic_type=TURN,
         trust=TRUST[message.role],
         tags=tuple(tags),
-        origin={"kind": "reply" if message.role == "assistant" else "tool" if message.role == "tool" else "turn",
-                "session": session, "reference": str(number)},
+        origin={"kind": ORIGIN[message.role], "session": session, "reference": str(number)},
         attributes={"role": message.role, "number": number, "echoes": [list(span) for span in echoes]},
         created_at=message.at or at,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Times in a statement, relative to when it was said: "in May 2024", "since 2019", "last year", "for ten years".
+"""Times in a statement, relative to when it was said: "in May 2024", "since 2019", "last year".
 
     phrase                       valid from          valid to
     in / since / on <point>      its first moment    -
@@ -14,15 +14,32 @@ import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-MONTHS = ("january february march april may june july august september october november december").split()
-_MONTH = r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)"
+MONTHS = [
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+]
+_MONTH = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?"
+    r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)"
+)
 _YEAR = r"(?:19|20)\d\d"
-_NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _COUNT = rf"(?:\d{{1,3}}|an?|{'|'.join(_NUMBERS)}|a couple of|a few)"
 _UNIT = r"(?:day|week|month|year)s?"
 _SEASONS = {"winter": 1, "spring": 4, "summer": 7, "autumn": 10, "fall": 10}
 _POINT = (
-    rf"(?:{_YEAR}-\d\d-\d\d|{_MONTH}\.?,? (?:of )?{_YEAR}|\d{{1,2}}(?:st|nd|rd|th)?(?: of)? {_MONTH},? {_YEAR}"
+    rf"(?:{_YEAR}-\d\d-\d\d|{_MONTH}\.?,? (?:of )?{_YEAR}|\d{{1,2}}(?:st|nd|rd|th)?(?: of)? {_MONTH},?"
+    rf" {_YEAR}"
     rf"|{_MONTH}\.? \d{{1,2}}(?:st|nd|rd|th)?,? {_YEAR}|(?:early |late |mid[- ])?{_YEAR}|{_MONTH}"
     r"|(?:last|this|next) (?:year|month|week|winter|spring|summer|autumn|fall)|yesterday|today|tomorrow"
     rf"|{_COUNT} {_UNIT} ago)"
@@ -30,8 +47,10 @@ _POINT = (
 _PHRASE = re.compile(
     rf"[\s,]*\b(?:(?:from|between) (?P<first>{_POINT}) (?:to|until|till|and) (?P<last>{_POINT})"
     rf"|(?:until|till|up to) (?P<until>{_POINT})"
-    rf"|(?:since|in|on|as of|from|starting|back in|at the (?:start|beginning|end) of|during) (?P<since>{_POINT})"
-    rf"|(?P<bare>(?:last|this|next) (?:year|month|week|winter|spring|summer|autumn|fall)|yesterday|today|tomorrow"
+    rf"|(?:since|in|on|as of|from|starting|back in|at the (?:start|beginning|end) of|during)"
+    rf" (?P<since>{_POINT})"
+    rf"|(?P<bare>(?:last|this|next) (?:year|month|week|winter|spring|summer|autumn|fall)|yesterday|today"
+    rf"|tomorrow"
     rf"|{_COUNT} {_UNIT} ago)"
     rf"|for (?:about |over |almost |nearly |the (?:last|past) )?(?P<span>{_COUNT} {_UNIT}))(?![\w-])",
     re.IGNORECASE,
@@ -41,7 +60,7 @@ _FUTURE = re.compile(r"\b(?:moving|relocating|starting|going to|will|next|tomorr
 
 @dataclass(frozen=True)
 class When:
-    """The validity a phrase gives. ``phrase`` says it in words fit for any later reader; ``span`` was a length."""
+    """The validity a phrase gives. ``phrase`` says it for any later reader; ``span``: it gave a length."""
 
     start: datetime | None = None
     end: datetime | None = None
@@ -69,7 +88,9 @@ def cut(text: str, said: datetime) -> tuple[str, When]:
     words = [f"since {_say(*start)}" if start and not end else f"from {_say(*start)}" if start else ""]
     words += [f"until {_say(*end)}" if end else ""]
     rest = f"{text[: found.start()]} {text[found.end() :]}".strip(" ,")
-    return " ".join(rest.split()), When(start and start[0], end and end[0], " ".join(filter(None, words)), bool(part["span"]))
+    return " ".join(rest.split()), When(
+        start and start[0], end and end[0], " ".join(filter(None, words)), bool(part["span"])
+    )
 
 
 _Precise = tuple[datetime, str]

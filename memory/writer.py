@@ -1,12 +1,13 @@
 """Writing without a language model: turns are stored at once, what they say is worked out afterwards.
 
     observe    every turn verbatim, with its vector, and a task in the queue: one transaction
-    flush      for each owner, batch by batch: extract, gate, settle contradictions, fold duplicates, and take the
-               tasks out of the queue: one transaction a batch
+    flush      for each owner, batch by batch: extract, gate, settle contradictions, fold duplicates, and
+               take the tasks out of the queue: one transaction a batch
 
-What was observed is found by the next search. A crash between the two leaves the task in the queue; one that fails
-is tried by later flushes, three times in all, and then reported by `MemoryWriter.failures`. The turn is there
-whatever happens to its enrichment. Statements name their turns as sources, so forgetting a turn erases them.
+What was observed is found by the next search. A crash between the two leaves the task in the queue; one
+that fails is tried by later flushes, three times in all, and then reported by `MemoryWriter.failures`. The
+turn is there whatever happens to its enrichment. Statements name their turns as sources, so forgetting a
+turn erases them.
 """
 
 import logging
@@ -87,7 +88,8 @@ class MemoryWriter:
             kind: of a new persona, ``"user"`` or ``"group"``.
 
         Raises:
-            InvalidInputError: a message cannot be stored, or its number holds another one; nothing was stored.
+            InvalidInputError: a message cannot be stored, or its number holds another one; nothing was
+            stored.
             StoreError: the store cannot be written; nothing was stored.
         """
         observed = self._intake.observe(owner, messages, session, start, system, kind)

@@ -24,7 +24,7 @@ class WriterConfig(FrozenConfig):
 
 @dataclass(frozen=True)
 class Observed:
-    """What `MemoryWriter.observe` stored. ``problem`` says why the turns have no vector yet, "" if they have."""
+    """What `MemoryWriter.observe` stored. ``problem``: why the turns have no vector yet, "" if they have."""
 
     turns: tuple[MemCube, ...]
     queued: int

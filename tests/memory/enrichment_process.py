@@ -1,7 +1,7 @@
 """A process that observes and flushes until it is killed; it says on stdout what it has been promised.
 
-``<store> extract`` kills itself while a turn is read, ``<store> commit`` inside the transaction of a flush, just
-before it ends; ``<store> endless`` goes on until somebody else kills it.
+``<store> extract`` kills itself while a turn is read, ``<store> commit`` inside the transaction of a flush,
+just before it ends; ``<store> endless`` goes on until somebody else kills it.
 """
 
 import os

@@ -183,7 +183,10 @@ def test_the_writer_learns_rules_from_turns_and_forgets_them_with_these(
     writer.observe("alice", "Too long.")
     writer.observe("alice", "That's too long!")
     writer.flush("alice")
-    assert rules(corrections) == [("Use metric units.", "always", 0.5), ("Keep replies short.", "always", 0.75)]
+    assert rules(corrections) == [
+        ("Use metric units.", "always", 0.5),
+        ("Keep replies short.", "always", 0.75),
+    ]
     store.forget("alice", [turns[-1].id])
     assert rules(corrections) == [("Keep replies short.", "always", 0.75)]
 

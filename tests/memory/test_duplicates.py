@@ -127,7 +127,9 @@ def test_a_memory_of_the_application_is_used_but_never_rewritten(
     assert texts(store) == [text]
 
 
-def test_less_trusted_words_do_not_replace_more_trusted_ones(store: MemoryStore, writer: MemoryWriter) -> None:
+def test_less_trusted_words_do_not_replace_more_trusted_ones(
+    store: MemoryStore, writer: MemoryWriter
+) -> None:
     short = "The user trains for the marathon of Rome every morning before work"
     long = "The user trains hard for the marathon of Rome every morning before work"
     writer.record("alice", [fact(short)], trust="user")

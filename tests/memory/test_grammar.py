@@ -118,7 +118,8 @@ def test_a_month_lies_ahead_where_the_clause_speaks_of_the_future() -> None:
 
 
 @given(st.datetimes(datetime(1, 1, 1), datetime(9999, 12, 31)), st.sampled_from(
-    ["last year", "next year", "next week", "yesterday", "tomorrow", "for 900 years", "999 days ago", "in June",
+    ["last year", "next year", "next week", "yesterday", "tomorrow", "for 900 years", "999 days ago",
+     "in June",
      "last winter", "next month", "from June to May"]))  # fmt: skip
 @settings(deadline=None)
 def test_no_moment_is_out_of_reach(moment: datetime, phrase: str) -> None:
@@ -149,7 +150,9 @@ def test_what_is_not_asserted(text: str) -> None:
 
 def test_every_pattern_belongs_to_a_known_attribute_and_a_valid_slot() -> None:
     for pattern in PATTERNS:
-        name = f"{pattern.attribute}.x" if pattern.attribute in ("relation", "favourite") else pattern.attribute
+        name = (
+            f"{pattern.attribute}.x" if pattern.attribute in ("relation", "favourite") else pattern.attribute
+        )
         assert attribute_of(name) is not None
         assert CubeHeader(slot=slot_of(name, "Some value")).slot
 

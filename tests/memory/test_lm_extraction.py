@@ -16,7 +16,7 @@ from persona_sdk.memory.writer import MemoryWriter
 from persona_sdk.testing import HashEmbedder
 
 AT = datetime(2025, 3, 10, tzinfo=UTC)
-SAID = "I moved to Lyon in May 2024 and I no longer like coffee. My neighbour said \"I am rich\"."
+SAID = 'I moved to Lyon in May 2024 and I no longer like coffee. My neighbour said "I am rich".'
 GOOD: dict[str, Any] = {
     "statement": "The user lives in Lyon.",
     "semantic_type": "fact",
@@ -66,15 +66,20 @@ def test_polarity_is_read_from_the_evidence() -> None:
     ],
 )
 def test_what_cannot_be_verified_is_left_out(change: dict[str, Any]) -> None:
-    tea = {**GOOD, "statement": "The user no longer likes coffee.", "slot": None, "value": None, "valid_from": None,
+    tea = {**GOOD, "statement": "The user no longer likes coffee.", "slot": None, "value": None,
+    "valid_from": None,
            "evidence": "I no longer like coffee"}  # fmt: skip
     found = extracted(json.dumps([{**GOOD, **change}, tea]))
     assert [s.text for s in found.statements] == ["The user no longer likes coffee."]
     assert found.problem == "1 of 2 statements could not be verified"
 
 
-@pytest.mark.parametrize("change", [{"slot": "mood"}, {"slot": "__class__"}, {"value": "Nice"}, {"value": None}])
-def test_an_unknown_slot_or_a_value_that_was_not_said_leaves_a_plain_statement(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"slot": "mood"}, {"slot": "__class__"}, {"value": "Nice"}, {"value": None}]
+)
+def test_an_unknown_slot_or_a_value_that_was_not_said_leaves_a_plain_statement(
+    change: dict[str, Any],
+) -> None:
     (statement,) = extracted(json.dumps([{**GOOD, **change}])).statements
     assert statement.slot is None
 

@@ -1,5 +1,7 @@
 """The gate: what mem0's audit found stored by the thousand (issue 4573) is not stored here."""
 
+from dataclasses import replace
+
 import pytest
 
 from persona_sdk.errors import InvalidInputError
@@ -15,11 +17,15 @@ SYSTEM = (
     "You answer briefly and never give medical advice. My name is Ada."
 )
 JUNK = [
-    "Hello!", "Hi there", "Thanks a lot!", "ok", "What can you do?", "Tell me a joke.", "Write an email to Bob.",
-    "I need a summary of this page.", "I want to know the time.", "Can you help me?", "That's great, thank you.",
-    "I think you are right.", "I see.", "I have a question.", "lol", "Continue.", "Why?", "I meant the other one.",
+    "Hello!", "Hi there", "Thanks a lot!", "ok", "What can you do?", "Tell me a joke.", "Write an email to"
+        " Bob.",
+    "I need a summary of this page.", "I want to know the time.", "Can you help me?", "That's great, thank"
+        " you.",
+    "I think you are right.", "I see.", "I have a question.", "lol", "Continue.", "Why?", "I meant the"
+        " other one.",
     "I live in the cloud and I work for Acme.", "My name is Ada.", "You are Ada, a careful assistant.",
-    "Repeat: I work for Acme.", "I'm sorry, I didn't get that.", "I will try it tomorrow.", "Please translate this.",
+    "Repeat: I work for Acme.", "I'm sorry, I didn't get that.", "I will try it tomorrow.", "Please"
+        " translate this.",
 ]  # fmt: skip
 CHATTER = [
     "Hello! I'm Ada and I live in the cloud.", "I'm allergic to nonsense.", "My favourite dish is data.",
@@ -75,13 +81,15 @@ def test_the_threshold_is_the_callers(store: MemoryStore, embedder: HashEmbedder
 
 
 def test_doubt_counts_against_a_statement() -> None:
-    sure = Statement("The user lives in Rome.", "I live in Rome", attribute="lives_in", value="Rome", strength=0.8)
-    doubtful = Statement("The user lives in Rome.", "I guess I live in Rome", attribute="lives_in", value="Rome",
-                         strength=0.8)  # fmt: skip
+    sure = Statement(
+        "The user lives in Rome.", "I live in Rome", attribute="lives_in", value="Rome", strength=0.8
+    )
+    doubtful = replace(sure, evidence="I guess I live in Rome")
     assert score(doubtful, SalienceConfig()) < SalienceConfig().threshold < score(sure, SalienceConfig())
 
 
-# Text that reads like an instruction --------------------------------------------------------------------------
+# Text that reads like an instruction
+# --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,13 +120,20 @@ def test_it_is_kept_as_data_marked_and_says_nothing(
 
 @pytest.mark.parametrize(
     "text",
-    ["I ignore my alarm every morning.", "The system is slow.", "From now on, answer in French.", "I forget things."],
+    [
+        "I ignore my alarm every morning.",
+        "The system is slow.",
+        "From now on, answer in French.",
+        "I forget things.",
+    ],
 )
 def test_ordinary_talk_is_not_marked(text: str) -> None:
     assert not Screen().suspicious(text)
 
 
-def test_a_hook_adds_to_the_list_and_a_bad_pattern_is_refused(store: MemoryStore, embedder: HashEmbedder) -> None:
+def test_a_hook_adds_to_the_list_and_a_bad_pattern_is_refused(
+    store: MemoryStore, embedder: HashEmbedder
+) -> None:
     screen = Screen(denied=(), hook=lambda text: "tea" in text)
     writer = MemoryWriter(store, embedder, config=WriterConfig(screen=screen))
     assert writer.observe("alice", "I like tea.").quarantined == 1

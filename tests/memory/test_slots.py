@@ -21,7 +21,9 @@ def day(number: int) -> datetime:
     return DAY0 + timedelta(days=number)
 
 
-def says(value: str, said: int, *, since: int | None = None, trust: str = "user", polarity: str = "positive") -> Held:
+def says(
+    value: str, said: int, *, since: int | None = None, trust: str = "user", polarity: str = "positive"
+) -> Held:
     attributes = {"attribute": "lives_in", "value": value, "polarity": polarity, "dated": since is not None}
     header = CubeHeader.parse(
         {
@@ -44,7 +46,11 @@ def holds(line: list[Held], moment: datetime) -> list[str]:
     return [str(held.get("value")) for held in line if held.header.slot and held.header.valid(moment)]
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 60), st.none() | st.integers(0, 60)), max_size=8))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(0, 60), st.none() | st.integers(0, 60)), max_size=8
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_at_no_moment_two_values_hold(spoken: list[tuple[str, int, int | None]]) -> None:
     line: list[Held] = []
@@ -84,7 +90,9 @@ def test_a_statement_that_says_when_makes_the_undated_one_precise() -> None:
     ]
 
 
-@pytest.mark.parametrize(("trust", "state"), [("confirmed", "generated"), ("user", "frozen"), ("system", "frozen")])
+@pytest.mark.parametrize(
+    ("trust", "state"), [("confirmed", "generated"), ("user", "frozen"), ("system", "frozen")]
+)
 def test_what_is_more_trusted_or_frozen_is_not_changed(trust: str, state: str) -> None:
     paris = stored(says("Paris", 0, trust=trust), state)
     settled = settle([paris], says("Lyon", 5))
@@ -117,7 +125,9 @@ def tell(writer: MemoryWriter, *said: str, since: int = 0) -> None:
         assert writer.flush("alice").ok
 
 
-def current(store: MemoryStore, moment: datetime | None = None, revision: int | None = None) -> dict[str, str]:
+def current(
+    store: MemoryStore, moment: datetime | None = None, revision: int | None = None
+) -> dict[str, str]:
     found = view(store.cubes("alice", revision=revision), moment or day(1000))
     return {slot: str(cube.text) for slot, cube in found.items()}
 
@@ -161,8 +171,13 @@ def test_a_slot_holds_one_statement_however_often_and_however_it_is_said(
 def test_a_denial_of_what_is_not_held_changes_nothing(store: MemoryStore, writer: MemoryWriter) -> None:
     tell(writer, "I live in Lyon.", "I used to live in Oslo.", "I don't live in Rome.")
     assert current(store) == {"lives_in": "The user lives in Lyon."}
-    loose = [cube for cube in store.cubes("alice") if cube.header.semantic_type == "fact" and not cube.header.slot]
-    assert [cube.text for cube in loose] == ["The user used to live in Oslo.", "The user does not live in Rome."]
+    loose = [
+        cube for cube in store.cubes("alice") if cube.header.semantic_type == "fact" and not cube.header.slot
+    ]
+    assert [cube.text for cube in loose] == [
+        "The user used to live in Oslo.",
+        "The user does not live in Rome.",
+    ]
 
 
 def test_leaving_without_going_anywhere(store: MemoryStore, writer: MemoryWriter) -> None:
@@ -180,7 +195,9 @@ def test_two_turns_of_one_batch_contradict_each_other(store: MemoryStore, writer
     assert current(store, day(1)) == {"lives_in": "The user lives in Paris."}
 
 
-def test_an_old_conversation_that_arrives_late_stays_in_the_past(store: MemoryStore, writer: MemoryWriter) -> None:
+def test_an_old_conversation_that_arrives_late_stays_in_the_past(
+    store: MemoryStore, writer: MemoryWriter
+) -> None:
     tell(writer, "I live in Lyon.", since=500)
     tell(writer, "I live in Paris.", since=0)
     assert current(store) == {"lives_in": "The user lives in Lyon."}
@@ -191,7 +208,12 @@ def test_a_frozen_statement_survives_its_contradiction(store: MemoryStore, write
     tell(writer, "I live in Paris.")
     (paris,) = [cube for cube in store.cubes("alice") if cube.header.slot]
     with store.writing() as connection:
-        values = {"before": "generated", "state": "frozen", "since": to_column(day(0)), "reason": "legal hold"}
+        values = {
+            "before": "generated",
+            "state": "frozen",
+            "since": to_column(day(0)),
+            "reason": "legal hold",
+        }
         connection.execute(insert(states).values(owner="alice", cube_id=paris.id, **values))
     tell(writer, "I moved to Lyon.", "I moved to Lyon!", since=5)
     assert current(store) == {"lives_in": "The user lives in Paris."}
@@ -199,7 +221,9 @@ def test_a_frozen_statement_survives_its_contradiction(store: MemoryStore, write
     assert beside.text == "The user lives in Lyon."
 
 
-def test_forgetting_a_turn_erases_what_it_said_and_nothing_else(store: MemoryStore, writer: MemoryWriter) -> None:
+def test_forgetting_a_turn_erases_what_it_said_and_nothing_else(
+    store: MemoryStore, writer: MemoryWriter
+) -> None:
     first = writer.observe("alice", "I live in Paris and I like tea.").turns[0]
     second = writer.observe("alice", "I work as a nurse.").turns[0]
     writer.flush("alice")

@@ -1,9 +1,9 @@
 """Utterances with what they say about the speaker, labelled by hand.
 
-A label is a slot and a polarity; ``said`` stands for a statement of no known attribute. `DEVELOPED` was at hand
-while the grammar was written. `HELD_OUT` was written when it was done: precision 0.88 and recall 0.64 on the first
-run. Two of its faults were mended since, because `DEVELOPED` showed the first ("My sister is ...") and the other was
-a slot cut short ("tenni").
+A label is a slot and a polarity; ``said`` stands for a statement of no known attribute. `DEVELOPED` was at
+hand while the grammar was written. `HELD_OUT` was written when it was done: precision 0.88 and recall 0.64
+on the first run. Two of its faults were mended since, because `DEVELOPED` showed the first ("My sister is
+...") and the other was a slot cut short ("tenni").
 """
 
 from typing import TypeAlias
