@@ -14,7 +14,7 @@ from torch import Tensor
 from persona_sdk.errors import NotFoundError
 from persona_sdk.memory import governance, revisions, rows, uses
 from persona_sdk.memory.audit import Fault
-from persona_sdk.memory.cube import MemCube
+from persona_sdk.memory.cube import MemCube, PersonaKind
 from persona_sdk.memory.events import Event, Head
 from persona_sdk.memory.governance import Principal, Right
 from persona_sdk.memory.revisions import PersonaRecord, Revision
@@ -72,7 +72,7 @@ class BoundReader:
         mine = [r for r in self._store.personas() if everyone or r.id == self.principal.id]
         return [record for record in mine if self._owns(record.id)]
 
-    def kind_of(self, owner: str) -> str | None:
+    def kind_of(self, owner: str) -> PersonaKind | None:
         """``"user"`` or ``"group"``; None if the persona is unknown or nothing of it may be read."""
         try:
             return self._store.kind_of(owner) if self._owns(owner) or self._readable(owner) else None

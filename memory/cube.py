@@ -43,6 +43,7 @@ from persona_sdk.errors import InvalidInputError
 from persona_sdk.tensors import Digest, TensorBundle
 
 Kind: TypeAlias = Literal["plaintext", "activation", "parametric"]
+PersonaKind: TypeAlias = Literal["user", "group"]
 Trust: TypeAlias = Literal["system", "confirmed", "user", "assistant", "tool", "import", "web"]
 State: TypeAlias = Literal["generated", "activated", "merged", "archived", "frozen"]
 Sensitivity: TypeAlias = Literal["normal", "personal", "special"]

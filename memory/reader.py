@@ -9,7 +9,7 @@ from torch import Tensor
 from persona_sdk.errors import CorruptBlobError, NotFoundError
 from persona_sdk.memory import revisions, rows
 from persona_sdk.memory.core import StoreCore
-from persona_sdk.memory.cube import MemCube
+from persona_sdk.memory.cube import MemCube, PersonaKind
 from persona_sdk.memory.database import translated
 from persona_sdk.memory.revisions import PersonaRecord, Revision
 from persona_sdk.memory.schema import cubes, from_column, memberships, personas
@@ -31,7 +31,7 @@ class StoreReader(StoreCore):
             known = [PersonaRecord(p.owner, p.kind, p.head, p.live, from_column(p.created_at)) for p in found]
         return sorted(known, key=lambda persona: persona.id)  # a database's order is that of its language
 
-    def kind_of(self, owner: str) -> str | None:
+    def kind_of(self, owner: str) -> PersonaKind | None:
         """``"user"``, ``"group"``, or None for an unknown persona."""
         with self.reading() as connection:
             return connection.execute(select(personas.c.kind).where(personas.c.owner == owner)).scalar()

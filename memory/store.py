@@ -8,10 +8,11 @@ and changes nothing. Reads are scoped to one owner, never write, and see one con
 method may be called from any thread; writers wait for each other, also across processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from sqlalchemy import Connection
 from torch import Tensor
 
 from persona_sdk.config import validate_id
@@ -95,6 +96,7 @@ class MemoryStore(StoreReader):
         groups: Sequence[str] | None = None,
         message: str | None = None,
         parent: int | None = None,
+        also: Callable[[Connection, Sequence[str]], None] | None = None,
     ) -> Revision:
         """Append a revision, whole or not at all. The first commit creates the persona.
 
@@ -106,6 +108,8 @@ class MemoryStore(StoreReader):
             groups: the persona's groups from now on, in order; None leaves them.
             message: a note for the history; blanked when a cube of the revision is forgotten.
             parent: the revision this was decided on; a newer one is a conflict. None takes the newest.
+            also: for modules of this package: more work on the owner in the same transaction, given the ids
+                of the added cubes. What it raises undoes the commit.
 
         Raises:
             InvalidInputError: a value cannot be stored, or the kind does not match.
@@ -126,10 +130,12 @@ class MemoryStore(StoreReader):
             number = revisions.advance(connection, owner, kind=kind, parent=parent, message=note)
             lifecycle.require_unfrozen(connection, owner, list(retire))
             revisions.close_cubes(connection, owner, list(dict.fromkeys(retire)), number)
-            commits.add_cubes(self, connection, owner, drafts, blobs, number)
+            ids = commits.add_cubes(self, connection, owner, drafts, blobs, number)
             if groups is not None:
                 revisions.set_groups(connection, owner, groups, number)
             events.append(connection, owner, "commit", events.membership(groups))
+            if also is not None:
+                also(connection, ids)
             return revisions.history(connection, owner, since=number - 1)[0]
 
     def rollback(self, owner: str, to: int | str) -> Revision:

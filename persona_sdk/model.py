@@ -132,7 +132,7 @@ class PersonaModel:
             ArchiveError: damaged, unsafe, or the id is taken; nothing was written.
         """
         owner = self.store.import_archive(Path(path), as_id=as_id, keep_groups=keep_groups)
-        return Persona(self, owner, kind="group" if self.store.kind_of(owner) == "group" else "user")
+        return Persona(self, owner, kind=self.store.kind_of(owner) or "user")
 
     def chat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
         """The base model's own answer: an empty plan, nobody's memory."""

@@ -6,7 +6,7 @@ Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes 
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from persona_sdk.adapters import Adapter
 from persona_sdk.config import validate_id
@@ -14,6 +14,7 @@ from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import SHARED, commit_edit, split_name
 from persona_sdk.materialize import Materialized, materialize
 from persona_sdk.memory import MemCube, Passage, Receipt, Revision
+from persona_sdk.memory.cube import PersonaKind
 from persona_sdk.persona_memory import PersonaMemory
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Explanation, Reply, ReplyStream
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 class Persona:
     """One user or one group of a `PersonaModel`. Get one from `PersonaModel.persona` or `.group`."""
 
-    def __init__(
-        self, model: "PersonaModel", persona_id: str, *, kind: Literal["user", "group"] = "user"
-    ) -> None:
+    def __init__(self, model: "PersonaModel", persona_id: str, *, kind: PersonaKind = "user") -> None:
         self.id = validate_id(persona_id)
         self.kind = kind
         self._model = model

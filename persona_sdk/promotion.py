@@ -31,7 +31,7 @@ from persona_sdk.adapters.twin import twin
 from persona_sdk.errors import NotFoundError, PersonaError
 from persona_sdk.library import commit_edit
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Origin, Source
-from persona_sdk.memory.cube import utc_now
+from persona_sdk.memory.cube import PersonaKind, utc_now
 from persona_sdk.memory.facts import PREFIX, PROMOTION, REJECTION, facts_of
 from persona_sdk.memory.scheduler import Decision, SchedulerOptions, decide
 from persona_sdk.persona import Persona
@@ -282,7 +282,7 @@ class Promoter:
     def _tokens(self, text: str) -> int:
         return len(self._model.base.tokenizer(f"{note(text)}\n", add_special_tokens=False)["input_ids"])
 
-    def _kind(self, owner: str) -> str:
+    def _kind(self, owner: str) -> PersonaKind:
         kind = self._store.kind_of(owner)
         if kind is None:
             raise NotFoundError(f"There is no persona {owner!r}.", hint="It may have been forgotten.")

@@ -1,0 +1,123 @@
+"""Turns of conversations as cubes: what is stored of a message, and where it stands in its session."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, TypeAlias
+
+from pydantic import Field, ValidationError
+
+from persona_sdk.config import FrozenConfig
+from persona_sdk.errors import InvalidInputError
+from persona_sdk.memory.cube import CubeDraft, MemCube, Trust, UtcTime, clean_text
+from persona_sdk.memory.statement import Turn
+
+TURN = "turn"  # the semantic type
+TRUST: dict[str, Trust] = {"user": "user", "assistant": "assistant", "tool": "tool"}
+ORIGIN = {"user": "turn", "assistant": "reply", "tool": "tool"}
+MAX_TEXT = 1_000_000
+
+
+class Message(FrozenConfig):
+    """One message as chat APIs give it; ``at`` is when it was said, None for now."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = Field(max_length=MAX_TEXT)
+    at: UtcTime | None = None
+
+
+Messages: TypeAlias = str | Sequence[Message | dict[str, Any]]
+
+
+@dataclass
+class Session:
+    """Which messages of a session are stored: cube id and hash of role and text, by number."""
+
+    found: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def next(self) -> int:
+        """The number of the message that would follow."""
+        return max(self.found, default=-1) + 1
+
+
+def parse(messages: Messages) -> list[Message]:
+    """Check what a caller passed; a string is one user message.
+
+    Raises:
+        InvalidInputError: a role is unknown, or a content is no text.
+    """
+    given = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    parsed = []
+    for place, message in enumerate(given):
+        try:
+            found = message if isinstance(message, Message) else Message.model_validate(message)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise InvalidInputError(
+                f"Message {place} cannot be stored: {'.'.join(map(str, fault['loc']))}: {fault['msg']}.",
+                hint='Expected {"role": "user" | "assistant" | "tool", "content": "..."}; nothing is stored.',
+            ) from error
+        clean_text(found.content, f"content of message {place}")
+        parsed.append(found)
+    return parsed
+
+
+def digest(role: str, text: str) -> str:
+    """What two messages are compared by."""
+    return hashlib.sha256(f"{role}\0{text}".encode()).hexdigest()
+
+
+def draft(
+    message: Message,
+    *,
+    session: str,
+    number: int,
+    at: datetime,
+    tags: Sequence[str] = (),
+    echoes: Sequence[tuple[int, int]] = (),
+) -> CubeDraft:
+    """A message as a cube, verbatim."""
+    return CubeDraft.of(
+        message.content,
+        semantic_type=TURN,
+        trust=TRUST[message.role],
+        tags=tuple(tags),
+        origin={"kind": ORIGIN[message.role], "session": session, "reference": str(number)},
+        attributes={"role": message.role, "number": number, "echoes": [list(span) for span in echoes]},
+        created_at=message.at or at,
+    )  # fmt: skip
+
+
+def sessions(cubes: Iterable[MemCube]) -> dict[str, Session]:
+    """The stored sessions among cubes."""
+    found: dict[str, Session] = {}
+    for cube in cubes:
+        if cube.header.semantic_type == TURN and isinstance(
+            number := cube.header.attributes.get("number"), int
+        ):
+            session = found.setdefault(cube.header.origin.session, Session())
+            session.found[number] = (cube.id, digest(role_of(cube), cube.text or ""))
+    return found
+
+
+def role_of(cube: MemCube) -> str:
+    """Who said a turn."""
+    return str(cube.header.attributes.get("role", "tool"))
+
+
+def as_turn(cube: MemCube, *, new: bool) -> Turn:
+    """A stored turn as an extractor sees it."""
+    spans = cube.header.attributes.get("echoes")
+    pairs = spans if isinstance(spans, list) else []
+    echoes = tuple((int(str(p[0])), int(str(p[1]))) for p in pairs if isinstance(p, list) and len(p) == 2)
+    role = role_of(cube)
+    return Turn(
+        role=role if role in ("user", "assistant") else "tool",  # type: ignore[arg-type]
+        text=cube.text or "",
+        at=cube.header.created_at,
+        session=cube.header.origin.session,
+        new=new,
+        echoes=echoes,
+    )

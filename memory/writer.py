@@ -1,0 +1,273 @@
+"""Writing without a language model: turns are stored at once, what they say is worked out afterwards.
+
+    observe    every turn verbatim, with its vector, and a task in the queue: one transaction
+    flush      for each owner, batch by batch: extract, gate, settle contradictions, fold duplicates, and
+               take the tasks out of the queue: one transaction a batch
+
+What was observed is found by the next search. A crash between the two leaves the task in the queue; one
+that fails is tried by later flushes, three times in all, and then reported by `MemoryWriter.failures`. The
+turn is there whatever happens to its enrichment. Statements name their turns as sources, so forgetting a
+turn erases them.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from persona_sdk.config import validate_id
+from persona_sdk.errors import InvalidInputError, NotFoundError, PersonaError
+from persona_sdk.memory import pending, turns
+from persona_sdk.memory.cube import MemCube, TextEncoder, Trust
+from persona_sdk.memory.enricher import Enricher
+from persona_sdk.memory.enrichment import Change, held_of
+from persona_sdk.memory.extraction import Extractor, RuleExtractor
+from persona_sdk.memory.intake import Intake
+from persona_sdk.memory.pending import Waiting
+from persona_sdk.memory.slots import UNCONFIRMED, Held
+from persona_sdk.memory.statement import Statement
+from persona_sdk.memory.store import MemoryStore
+from persona_sdk.memory.written import Failure, FlushReport, Observed, WriterConfig
+
+logger = logging.getLogger("persona_sdk.memory")
+
+
+class MemoryWriter:
+    """Takes in conversations of any owner of one store; thread-safe. A context manager, for its worker.
+
+    Args:
+        store: where everything goes.
+        embedder: embeds turns and statements.
+        extractor: draws statements from turns; rules, if none is given.
+        config: thresholds.
+        on_use: told the owner and the ids of the cubes that turns repeated, after the commit.
+    """
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        embedder: TextEncoder,
+        *,
+        extractor: Extractor | None = None,
+        config: WriterConfig | None = None,
+        on_use: Callable[[str, Sequence[str]], None] | None = None,
+    ) -> None:
+        self.config = config or WriterConfig()
+        self._store = store
+        self._intake = Intake(store, embedder, self.config.screen)
+        self._enricher = Enricher(store, embedder, extractor or RuleExtractor(), self.config)
+        self._on_use = on_use
+        self._errors: dict[tuple[str, str, str], str] = {}
+        self._flushing = threading.RLock()
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._worker: threading.Thread | None = None
+
+    def observe(
+        self,
+        owner: str,
+        messages: turns.Messages,
+        *,
+        session: str = "",
+        start: int | None = None,
+        system: str = "",
+        kind: str = "user",
+    ) -> Observed:
+        """Store messages verbatim and queue their enrichment. They are found by the next search.
+
+        System messages are not stored; what repeats one, or `system`, is not taken for the user's own words.
+
+        Args:
+            owner: whose memory it is; a new id begins a persona.
+            messages: a string, or messages with ``role``, ``content`` and, if known, ``at``.
+            session: the conversation they belong to.
+            start: number of the first message in it, so that a message given twice is stored once. None
+                appends.
+            system: the system prompt the conversation runs under.
+            kind: of a new persona, ``"user"`` or ``"group"``.
+
+        Raises:
+            InvalidInputError: a message cannot be stored, or its number holds another one; nothing was
+            stored.
+            StoreError: the store cannot be written; nothing was stored.
+        """
+        observed = self._intake.observe(owner, messages, session, start, system, kind)
+        self._wake.set()
+        return observed
+
+    def flush(self, owner: str | None = None) -> FlushReport:
+        """Try every waiting task once, in order, and say what came of it. Nothing lags behind after it.
+
+        Args:
+            owner: whose tasks; None does everybody's.
+
+        Raises:
+            NotFoundError: there is no such persona.
+        """
+        if owner is not None:
+            self._require(owner)
+        with self._flushing:
+            report = FlushReport()
+            for name in self._owners() if owner is None else [owner]:
+                report += self._flush_owner(name)
+            return report
+
+    def _owners(self) -> list[str]:
+        with self._store.reading() as connection:
+            return pending.owners(connection, attempts=self.config.attempts)
+
+    def _require(self, owner: str) -> None:
+        if self._store.kind_of(validate_id(owner)) is None:
+            raise NotFoundError(
+                f"There is no persona {owner!r}.", hint="A persona begins with its first turn."
+            )
+
+    def _flush_owner(self, owner: str) -> FlushReport:
+        report, tried = FlushReport(), set[tuple[str, str]]()
+        while tasks := [t for t in self._waiting(owner) if (t.cube_id, t.task) not in tried]:
+            tried |= {(task.cube_id, task.task) for task in tasks}
+            tasks = [task for task in tasks if task.attempts < self.config.attempts]
+            for start in range(0, len(tasks), self.config.batch):
+                report += self._batch(owner, tasks[start : start + self.config.batch])
+        for failure in report.failures:
+            self._errors[owner, failure.cube_id, failure.task] = failure.error
+        return replace(report, waiting=len(self._waiting(owner)))
+
+    def _waiting(self, owner: str) -> list[Waiting]:
+        with self._store.reading() as connection:
+            return pending.waiting(connection, owner)
+
+    def _batch(self, owner: str, tasks: Sequence[Waiting]) -> FlushReport:
+        _, known = self._intake.known(owner)
+        report = self._enricher.embed(owner, [task for task in tasks if task.task == "embed"])
+        report += self._enricher.enrich(owner, [task for task in tasks if task.task == "enrich"], known)
+        if report.repeated and self._on_use is not None:
+            try:
+                self._on_use(owner, report.repeated)
+            except Exception:  # somebody else's code; what it is told of is committed
+                logger.exception("on_use failed")
+        return report
+
+    def failures(self, owner: str) -> list[Failure]:
+        """The owner's tasks that have failed at least once and were not done since.
+
+        ``error`` is known to the writer that tried.
+
+        Raises:
+            NotFoundError: there is no such persona.
+        """
+        self._require(owner)
+        return [
+            Failure(owner, t.cube_id, t.task, t.attempts, self._errors.get((owner, t.cube_id, t.task), ""))
+            for t in self._waiting(owner)
+            if t.attempts
+        ]
+
+    def retry(self, owner: str) -> int:
+        """Give the owner's failed tasks new attempts; how many there were.
+
+        Raises:
+            NotFoundError: there is no such persona.
+        """
+        self._require(owner)
+        with self._store.writing() as connection:
+            found = pending.reset(connection, owner)
+        self._wake.set()
+        return found
+
+    # Statements from elsewhere ------------------------------------------------------------------------
+
+    def record(
+        self, owner: str, statements: Sequence[Statement], *, trust: Trust, sources: Sequence[MemCube] = ()
+    ) -> FlushReport:
+        """Store statements that come from elsewhere, as from a tool, under the same rules as those of turns.
+
+        Those that read like an instruction to the model are left out and reported as problems.
+
+        Raises:
+            NotFoundError: there is no such persona, or a source is gone; nothing was stored.
+        """
+        self._require(owner)
+        denied = [found for found in statements if self.config.screen.suspicious(found.text)]
+        held = [held_of(found, sources, trust=trust) for found in statements if found not in denied]
+        report = self._commit(owner, held)
+        return replace(report, problems=("quarantined",) * len(denied))
+
+    def confirm(self, owner: str, cube_id: str) -> FlushReport:
+        """Take an unconfirmed statement for true: it takes its slot with trust "confirmed".
+
+        Raises:
+            NotFoundError: the owner has no such live cube.
+            InvalidInputError: it is not unconfirmed.
+        """
+        self._require(owner)
+        live = {cube.id: cube for cube in self._store.cubes(owner)}
+        if cube_id not in live:
+            raise NotFoundError(
+                f"No live cube {cube_id!r:.60} belongs to {owner!r}.", hint="Nothing was changed."
+            )
+        held = Held.of(live[cube_id])
+        if UNCONFIRMED not in held.header.tags:
+            raise InvalidInputError(
+                f"The cube {cube_id!r:.60} is not unconfirmed.", hint="Nothing was changed."
+            )
+        attributes = {name: value for name, value in held.header.attributes.items() if name != "slot"}
+        tags = tuple(tag for tag in held.header.tags if tag != UNCONFIRMED)
+        slot = held.get("slot")
+        return self._commit(
+            owner, [held.with_header(tags=tags, trust="confirmed", slot=slot, attributes=attributes)]
+        )
+
+    def _commit(self, owner: str, held: Sequence[Held]) -> FlushReport:
+        head = self._store.head(owner)
+        change: Change = self._enricher.settled(owner, held)
+        added: tuple[str, ...] = ()
+        if change.add or change.retire:
+            kind = self._store.kind_of(owner) or "user"
+            added = self._store.commit(
+                owner, kind=kind, add=change.add, retire=change.retire, message="record", parent=head
+            ).added
+        return FlushReport(
+            added=added,
+            retired=tuple(change.retire),
+            repeated=tuple(change.repeated),
+            unconfirmed=change.unconfirmed,
+        )
+
+    # The worker ---------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Flush in a thread of its own whenever something was observed, until `close`."""
+        if self._worker is None:
+            self._stop.clear()
+            self._worker = threading.Thread(target=self._work, name="persona-memory-writer", daemon=True)
+            self._worker.start()
+        return self
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+            try:
+                self.flush()
+            except PersonaError:
+                logger.exception("the memory writer could not flush; what waits stays in the queue")
+
+    def close(self) -> None:
+        """Stop the worker after the flush it is in. What still waits stays in the queue."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self._stop.set()
+            self._wake.set()
+            worker.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
