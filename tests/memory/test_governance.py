@@ -266,6 +266,8 @@ def test_a_grant_is_for_one_cube_and_one_right(store: MemoryStore, note: Maker, 
     assert store.get("bob", shown).state == "generated"
     alice.archive("bob", [shown])
     assert alice.shared() == {}, "what is archived is for its owner"
+    with pytest.raises(NotFoundError):
+        alice.record_uses("bob", [shown], NOW)
     alice.activate("bob", [shown])
     for refused in ("forget", "grant", "freeze", "rollback", "snapshot", "merge", "add_vectors", "history"):
         with pytest.raises(NotFoundError):
