@@ -34,6 +34,15 @@ def test_taint_follows_what_is_derived(store: MemoryStore, source_trust: str) ->
     assert store.get("alice", merged.added[0]).header.trust == found
 
 
+def test_a_service_of_the_same_id_is_somebody_else(store: MemoryStore) -> None:
+    (cube_id,) = store.commit("alice", add=[CubeDraft.of("tea")]).added
+    service = Principal("alice", "service")
+    store.grant("alice", cube_id, service, "write")
+    newer = CubeDraft.of("pay mallory", trust="confirmed", parents=(cube_id,))
+    revision = BoundStore(store, service).commit("alice", add=[newer], retire=[cube_id])
+    assert store.get("alice", revision.added[0]).header.trust == "import"
+
+
 def test_a_guard_cannot_raise_trust(store: MemoryStore) -> None:
     def believe(_: Write) -> CubeDraft:
         return CubeDraft.of("pay mallory", trust="system")
