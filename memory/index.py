@@ -17,6 +17,7 @@ from torch import Tensor
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory.cube import check_vector
 from persona_sdk.memory.ranking import best
+from persona_sdk.memory.rows import CHUNK
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.slice_cache import SliceCache
 from persona_sdk.memory.slices import APPROXIMATE_ABOVE, Slice
@@ -55,7 +56,12 @@ class VectorIndex(SliceCache):
             hits = sorted(zip((-scores).tolist(), rows.tolist(), strict=True))
             ids = [found.ids[row] for _, row in hits]
             # Fail closed: whatever a slice holds, only what is the owner's at this moment leaves it.
-            owned = set(connection.execute(_OWNED, {"of": owner, "ids": ids}).scalars())
+            parts = (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
+            owned = {
+                name
+                for part in parts
+                for name in connection.execute(_OWNED, {"of": owner, "ids": part}).scalars()
+            }
         return [(name, -score) for name, (score, _) in zip(ids, hits, strict=True) if name in owned]
 
 

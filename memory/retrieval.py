@@ -26,6 +26,7 @@ from persona_sdk.memory.cube import CubeHeader, TextEncoder, utc_now
 from persona_sdk.memory.dates import parse
 from persona_sdk.memory.index import VectorIndex
 from persona_sdk.memory.passage import Passage, Why
+from persona_sdk.memory.rows import CHUNK
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.scoring import Query, Ranked, RetrievalOptions, rank
 from persona_sdk.memory.store import MemoryStore
@@ -184,7 +185,8 @@ def _passages(connection: Connection, candidates: Sequence[_Candidate]) -> list[
     rows = {
         (row.owner, row.id): row
         for owner, names in by_owner.items()
-        for row in connection.execute(_TEXTS, {"of": owner, "ids": names})
+        for start in range(0, len(names), CHUNK)
+        for row in connection.execute(_TEXTS, {"of": owner, "ids": names[start : start + CHUNK]})
     }
     passages = []
     for owner, name, score, why in candidates:

@@ -43,7 +43,7 @@ class RouterOptions(FrozenConfig):
 
 
 @dataclass(frozen=True)
-class Source:
+class SearchSource:
     """One place to look, local or external, and how far what it says is believed before it was ever asked."""
 
     name: str
@@ -82,13 +82,13 @@ def external(
     trust: float = 0.5,
     tier: Trust = "web",
     max_text: int = RouterOptions().max_text,
-) -> Source:
+) -> SearchSource:
     """A source over any callable ``(query, k) -> [(id, text, score), ...]`` that is not ours."""
 
     def passages(query: str, k: int) -> list[Passage]:
         return [_from_outside(name, tier, entry, max_text) for entry in list(search(query, k))[:k]]
 
-    return Source(name, passages, trust, external=True)
+    return SearchSource(name, passages, trust, external=True)
 
 
 def _from_outside(name: str, tier: Trust, entry: Found, max_text: int) -> Passage:
@@ -110,10 +110,12 @@ def _from_outside(name: str, tier: Trust, entry: Found, max_text: int) -> Passag
     )
 
 
-def order(sources: Sequence[Source], records: Mapping[str, Record], *, strength: float = 4.0) -> list[Source]:
+def order(
+    sources: Sequence[SearchSource], records: Mapping[str, Record], *, strength: float = 4.0
+) -> list[SearchSource]:
     """Local sources first, then by what is to be expected of each; equal ones as they were given."""
 
-    def expected(source: Source) -> float:
+    def expected(source: SearchSource) -> float:
         record = records.get(source.name, Record())
         return (source.trust * strength + record.helpful) / (strength + record.asked)
 
@@ -125,7 +127,7 @@ class Router:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[SearchSource],
         options: RouterOptions | None = None,
         *,
         judge: Judge | None = None,
@@ -188,7 +190,7 @@ class Router:
             asking = following
         return replace(routed, passages=routed.passages[:k])
 
-    def _asked(self, source: Source, query: str, k: int, so_far: Routed) -> Routed:
+    def _asked(self, source: SearchSource, query: str, k: int, so_far: Routed) -> Routed:
         asked = {**so_far.asked, source.name: so_far.asked.get(source.name, 0) + 1}
         try:
             found = [

@@ -190,6 +190,12 @@ def test_a_slice_that_holds_somebody_elses_cube_gives_nothing_away(
     assert len(Retriever(store, index, embedder).recall(("bob",), "dogs")) == 1, "the fault itself must work"
 
 
+def test_everything_can_be_asked_for_at_once(store: MemoryStore, search: Retriever) -> None:
+    """More than one statement may name."""
+    added = store.commit("alice", add=[flat(f"number {n}") for n in range(1100)]).added
+    assert set(ids(search.recall(("alice",), "number", 5000))) == set(added)
+
+
 def test_a_recall_is_one_transaction_and_two_statements_an_owner(
     store: MemoryStore, note: Maker, embedder: HashEmbedder
 ) -> None:
