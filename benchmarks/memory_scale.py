@@ -63,7 +63,7 @@ def measure(run: Run) -> Part:
             folder = place / f"store-{population.name}"
             written, seconds = build(population, folder, run.cells, run.tell)
             key = f"scale-{population.name}-tenants"
-            seen = run.cells.run(key, lambda p=population, f=folder: _tenants(p, f, min(10, users)))
+            seen = run.cells.run(key, lambda p=population, f=folder: _tenants(p, f))
             by_tenants.append({"tenants": users, "memories": population.memories, **seen})
         part.tables["memory: the same ten personas among more"] = by_tenants
         _storage(part, whole, folder, written, seconds, run)
@@ -93,7 +93,8 @@ def _storage(
 
     found = run.cells.run(f"scale-{population.name}-storage", opened)
     part.bars["scale_open_s"] = Bar.of(float(np.median(found["open"])), "<=", 1.0)
-    texts = sum(len(text) for user in range(100) for text in population.texts(user))
+    sample = range(min(100, population.users))
+    texts = sum(len(text) for user in sample for text in population.texts(user))
     part.tables["memory: storage"] = [
         {
             "memories": population.memories,
@@ -101,7 +102,7 @@ def _storage(
             "ingest_per_s": written / seconds if seconds else None,
             "bytes_per_memory": found["bytes"] / population.memories,
             "of_which_vector": 4 * DIMENSION,
-            "of_which_text": texts / sum(population.sizes[:100]),
+            "of_which_text": texts / sum(population.sizes[: len(sample)]),
             "open_s": float(np.median(found["open"])),
         }
     ]
@@ -162,30 +163,19 @@ class _Bench:
 def _row(times: Sequence[float]) -> Row:
     low, high = median_interval(times, resamples=1000)
     p50, p95, p99 = (float(np.percentile(times, q)) for q in (50, 95, 99))
-    return {
-        "p50_ms": p50,
-        "p50_low": low,
-        "p50_high": high,
-        "p95_ms": p95,
-        "p99_ms": p99,
-        "calls": len(times),
-    }
+    return {"p50_ms": p50, "low": low, "high": high, "p95_ms": p95, "p99_ms": p99, "calls": len(times)}
 
 
-def _tenants(population: Population, folder: Path, users: int) -> dict[str, Any]:
+def _tenants(population: Population, folder: Path) -> dict[str, Any]:
     with MemoryStore.open(folder) as store:
         bench = _Bench(population, store, WARM_BUDGET)
-        chosen = list(range(users))
+        chosen = list(range(min(10, population.users)))
         recall = bench.recall(chosen, 0)
         found: dict[str, Any] = {"recall": recall}
         for way in ("search", "recall"):
             bench.timed(chosen, 1, way)
             times = [t for number in range(2, 32) for t in bench.timed(chosen, number, way)]
-            name = "VectorIndex" if way == "search" else "Retriever"
-            found |= {
-                f"{name}_p50_ms": float(np.median(times)),
-                f"{name}_p95_ms": float(np.percentile(times, 95)),
-            }
+            found |= {f"{way}_p{q}_ms": float(np.percentile(times, q)) for q in (50, 95)}
     return found
 
 
@@ -249,12 +239,10 @@ def _peers(part: Part, whole: Population, place: Path, run: Run) -> None:
         shape = {"memories": population.memories, "personas": population.users}
         rows.append({"way": name, **shape, **_row(found["ms"]), "recall_at_10": found["recall"]})
 
-    row(
-        "a slice per persona (VectorIndex.search), worst recall",
-        run.cells.run(f"scale-{population.name}-slices", ours),
-    )
+    found = run.cells.run(f"scale-{population.name}-slices", ours)
+    row("a slice per persona, VectorIndex.search; worst recall", found)
     found = run.cells.run(f"scale-{population.name}-global", lambda: _global(population, users))
-    row("one flat index, fetch 2k, filter by owner, mean recall", found)
+    row("one flat index, fetch 2k, then filter; mean recall", found)
     python = mem0_rows.interpreter()
     if python is None:
         part.notes.append(mem0_rows.ABSENT)
@@ -263,7 +251,7 @@ def _peers(part: Part, whole: Population, place: Path, run: Run) -> None:
         found = run.cells.run(
             f"scale-{population.name}-mem0", lambda: mem0_rows.measured(python, population, users, K)
         )
-        row(f"mem0 {found['version']}, FAISS store, infer=False, mean recall", found)
+        row(f"mem0 {found['version']}, FAISS store, no language model; mean recall", found)
     part.tables["memory: one index for everybody"] = rows
 
 

@@ -66,12 +66,9 @@ def measured(python: str, population: Population, users: Sequence[int], k: int) 
             tail = "; ".join(done.stderr.strip().splitlines()[-2:])
             raise BenchmarkError(f"mem0 failed: {tail}")
         found = json.loads((folder / "found.json").read_text())
-    starts = np.cumsum([0, *population.sizes])
-    shares = []
-    for user, rows, (_, query) in zip(
-        users, found["rows"], (population.query(u, 4) for u in users), strict=True
-    ):
-        scores = population.vectors(user) @ query
+    starts, shares = np.cumsum([0, *population.sizes]), []
+    for user, rows in zip(users, found["rows"], strict=True):
+        scores = population.vectors(user) @ population.query(user, 4)[1]
         truth = {int(starts[user] + row) for row in np.argsort(-scores, kind="stable")[:k]}
         shares.append(len(set(rows) & truth) / len(truth))
     return {"ms": found["ms"], "version": found["version"], "recall": float(np.mean(shares))}
