@@ -102,8 +102,8 @@ _NATIONALITIES = re.compile(
     r"|(?:japan|chin|portugu|vietnam|malt|taiwan|leban|senegal|nepal|congol|sudan|burm)ese"
     r"|(?:americ|mexic|germ|itali|brazili|russi|ukraini|indi|canadi|australi|austri|belgi|norwegi|hungari"
     r"|romani|bulgari|(?:south )?kore|nigeri|keny|ethiopi|egypti|morocc|tunisi|algeri|irani|chile|colombi"
-    r"|peruvi|cub|croati|serbi|indonesi|malaysi|estoni|latvi|lithuani|south afric|europe|venezuel|jamaic|ghanai"
-    r"|syri)an)",
+    r"|peruvi|cub|croati|serbi|indonesi|malaysi|estoni|latvi|lithuani|south afric|europe|venezuel|jamaic"
+    r"|ghanai|syri)an)",
     re.IGNORECASE,
 )
 
