@@ -84,8 +84,8 @@ def _conversations(run: Run, known: Known, pools: Sequence[Pool], part: Part) ->
         run.data, *(_mean(everything, f"recall@{k}") for k in (5, 10, 50))
     )
     part.notes.append(
-        "recall: published encoders are given each turn alone, ours also its neighbours and its date; the row "
-        "of ours is over all ten conversations, two of which the weights were chosen on."
+        "recall: published encoders are given each turn alone, ours also its neighbours and its date; the "
+        "row of ours is over all ten conversations, two of which the weights were chosen on."
     )
     part.tables["recall: abstention, category 5 against the others"] = _abstention(
         answered, {pool.name for pool in rest}
