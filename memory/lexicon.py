@@ -102,7 +102,8 @@ _NATIONALITIES = re.compile(
     r"|(?:japan|chin|portugu|vietnam|malt|taiwan|leban|senegal|nepal|congol|sudan|burm)ese"
     r"|(?:americ|mexic|germ|itali|brazili|russi|ukraini|indi|canadi|australi|austri|belgi|norwegi|hungari|romani"
     r"|bulgari|(?:south )?kore|nigeri|keny|ethiopi|egypti|morocc|tunisi|algeri|irani|chile|colombi|peruvi"
-    r"|cub|croati|serbi|indonesi|malaysi|estoni|latvi|lithuani|south afric|europe|venezuel|jamaic|ghanai|syri)an)",
+    r"|cub|croati|serbi|indonesi|malaysi|estoni|latvi|lithuani|south afric|europe|venezuel"
+    r"|jamaic|ghanai|syri)an)",
     re.IGNORECASE,
 )
 
