@@ -152,7 +152,11 @@ class Enricher:
             if not tasks:
                 return FlushReport()  # done by somebody else, or forgotten
             asked = self._store.lookup(owner, [task.cube_id for task in tasks])
-            standing = [one for one in held if one.header.sources[-1].cube_id in asked]
+            named = {source.cube_id for one in held for source in one.header.sources}
+            there_still = self._store.lookup(owner, sorted(named))
+            standing = [
+                one for one in held if all(source.cube_id in there_still for source in one.header.sources)
+            ]
             try:
                 change = self.settled(owner, standing)
                 if self._config.corrections:

@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 
 from persona_sdk.memory import grammar
 from persona_sdk.memory.clauses import Clause, asserted, sentences
-from persona_sdk.memory.lexicon import RELATIONS
 from persona_sdk.memory.statement import Statement, Turn
+from persona_sdk.memory.vocabulary import RELATIONS
 
 MAX_CHARS = 20_000  # of one turn that rules look at; the turn itself is stored whole
 

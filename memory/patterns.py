@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from persona_sdk.memory.lexicon import (
+from persona_sdk.memory.vocabulary import (
     CONDITIONS,
     DIETS,
     MARITAL,

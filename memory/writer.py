@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from persona_sdk.config import validate_id
-from persona_sdk.errors import InvalidInputError, NotFoundError, PersonaError
+from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.memory import pending, turns
 from persona_sdk.memory.cube import MemCube, TextEncoder, Trust
 from persona_sdk.memory.enricher import Enricher
@@ -253,7 +253,7 @@ class MemoryWriter:
                 return
             try:
                 self.flush()
-            except PersonaError:
+            except Exception:  # the thread outlives a full disk, and what waits is in the queue
                 logger.exception("the memory writer could not flush; what waits stays in the queue")
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from persona_sdk.library import AdapterLibrary, Unused
 from persona_sdk.memory import CubeHeader, MemCube, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.facts import PROMOTION
+from persona_sdk.memory.turns import TURN
 from persona_sdk.models import LanguageModel
 from persona_sdk.passage_spans import Span, passage_spans
 from persona_sdk.plan import CompositionPlan, PassageRef, Passages, PlanPart, SoftPrefix
@@ -49,6 +50,22 @@ def is_pinned(header: CubeHeader) -> bool:
     return header.attributes.get("pinned") is True
 
 
+def without_idle_turns(passages: Sequence[Passage], conversation: Sequence[str]) -> tuple[Passage, ...]:
+    """Leave out recorded turns that would only repeat something: this conversation, a question, or what was
+    drawn from them and is among the passages itself.
+    """
+    drawn = {(s.owner, s.cube_id) for passage in passages for s in passage.header.sources}
+    here = {text.strip().casefold() for text in conversation}
+
+    def idle(passage: Passage) -> bool:
+        text = passage.text.strip()
+        return passage.header.semantic_type == TURN and (
+            text.endswith("?") or text.casefold() in here or (passage.owner, passage.id) in drawn
+        )
+
+    return tuple(passage for passage in passages if not idle(passage))
+
+
 def promoted_ids(cubes: Iterable[MemCube]) -> set[str]:
     """The texts that an owner's activation cubes put into every prompt."""
     return {
@@ -70,7 +87,7 @@ class ChatOptions(GenerationOptions):
 
     recall_k: int = Field(4, ge=0)
     recall_score: float = Field(
-        0.1, description="cosine; unrelated texts score about 0 with the default embedder"
+        0.1, description="least score, in units of the cosine; unrelated texts score about 0"
     )
     overflow: Literal["error", "drop_oldest_turns"] = "error"
 
@@ -204,10 +221,11 @@ class Composer:
         """The memories nearest to what was said last, without the pinned ones."""
         if not revisions or options.recall_k == 0:
             return ()
-        wanted, known = options.recall_k + len(pinned), {passage.id for passage in pinned}
-        found = self._recall_from(tuple(revisions), turns[-1].content, wanted, revisions)
+        asked, known = turns[-1].content, {passage.id for passage in pinned}
+        # Twice as many: some are turns that say no more than what was drawn from them.
+        found = self._recall_from(tuple(revisions), asked, 2 * options.recall_k + len(pinned), revisions)
         near = [p for p in found if p.id not in known and p.score >= options.recall_score]
-        return tuple(near[: options.recall_k])
+        return without_idle_turns(near, [turn.content for turn in turns])[: options.recall_k]
 
     def _fit(
         self,

@@ -7,17 +7,17 @@ alice = model.persona("alice", groups=["nurses"])
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from persona_sdk.compose import ChatOptions, Composer, Composition
 from persona_sdk.engine import Completion, Engine, EngineOptions, Request
 from persona_sdk.engine.prefix.bundles import KVShape
 from persona_sdk.errors import InvalidInputError, ModelError, PersonaError
 from persona_sdk.library import AdapterLibrary
-from persona_sdk.memory import MemCube, MemoryStore, Passage, Retriever, VectorIndex
-from persona_sdk.models import Embedder, LanguageModel, load_embedder
+from persona_sdk.memory import MemCube, MemoryStore, RetrievalOptions, Retriever
+from persona_sdk.memory_system import MemorySystem
+from persona_sdk.models import Embedder, LanguageModel
 from persona_sdk.persona import Persona
 from persona_sdk.plan import CompositionPlan, Contribution
 from persona_sdk.prefixes import PrefixLibrary
@@ -25,6 +25,9 @@ from persona_sdk.prompting import Messages
 from persona_sdk.reply import Reply, ReplyStream, TextDecoder
 from persona_sdk.steering import Steering
 from persona_sdk.tensors import TensorBundle
+
+if TYPE_CHECKING:
+    from persona_sdk.promotion import Promoter
 
 
 class PersonaModel:
@@ -35,6 +38,7 @@ class PersonaModel:
         store: where personas live.
         embedder: turns memories and queries into vectors; a name is loaded when it is first needed.
         engine: rows, tokens per step and memory budgets of the engine.
+        retrieval: weights of recall.
     """
 
     def __init__(
@@ -43,16 +47,16 @@ class PersonaModel:
         store: MemoryStore,
         embedder: str | Embedder = "minilm",
         engine: EngineOptions | None = None,
+        retrieval: RetrievalOptions | None = None,
     ) -> None:
         self.base = base
         self.store = store
         self.adapters = AdapterLibrary(base, store)
-        self._embedder = embedder
-        self._index = VectorIndex(store)
+        self.memory = MemorySystem(store, embedder, retrieval or RetrievalOptions())
         self._prefixes: PrefixLibrary | None = None
         self.engine = Engine(base, engine, spill=self._spill)
         blocks = self.engine.options.block_reuse is not None
-        self._composer = Composer(base, store, self.adapters, self._recall, blocks=blocks)
+        self._composer = Composer(base, store, self.adapters, self.memory.recall, blocks=blocks)
         store.on_forget(self._forgotten)
 
     @classmethod
@@ -65,6 +69,7 @@ class PersonaModel:
         device: str = "auto",
         dtype: str = "auto",
         engine: EngineOptions | Mapping[str, Any] | None = None,
+        retrieval: RetrievalOptions | Mapping[str, Any] | None = None,
     ) -> Self:
         """Open a store with a base model.
 
@@ -75,6 +80,7 @@ class PersonaModel:
             device: ``"auto"`` takes CUDA when there is one.
             dtype: a torch dtype's name, ``"auto"`` or ``"fastest"``, as in `LanguageModel.from_pretrained`.
             engine: limits of the engine (`persona_sdk.engine.EngineOptions`), or a mapping of them.
+            retrieval: weights of recall (`persona_sdk.memory.RetrievalOptions`), or a mapping of them.
 
         Raises:
             UnknownModelError: the name leads nowhere.
@@ -89,7 +95,9 @@ class PersonaModel:
         if isinstance(name, str):  # before the store is opened: a wrong name must not make one
             name = LanguageModel.from_pretrained(name, device=device, dtype=dtype)
         options = engine if isinstance(engine, EngineOptions) else EngineOptions.parse(dict(engine or {}))
-        return cls(name, MemoryStore.open(store), embedder, options)
+        if not isinstance(retrieval, RetrievalOptions):
+            retrieval = RetrievalOptions.parse(dict(retrieval or {}))
+        return cls(name, MemoryStore.open(store), embedder, options, retrieval)
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +107,7 @@ class PersonaModel:
 
     def close(self) -> None:
         """Release the store and take the hooks off the base model."""
+        self.memory.close()
         self.engine.close()
         self.store.close()
 
@@ -216,15 +225,24 @@ class PersonaModel:
             Steering(composition.contributors),
         )
 
-    @cached_property
+    @property
     def embedder(self) -> Embedder:
         """The text embedder, loaded on first use."""
-        return load_embedder(self._embedder)
+        return self.memory.embedder
 
-    @cached_property
+    @property
     def retriever(self) -> Retriever:
         """Search over memories."""
-        return Retriever(self.store, self._index, self.embedder)
+        return self.memory.retriever
+
+    def promoter(self, **options: Any) -> "Promoter":
+        """What moves memories between text, keys and values, and weights; see `Promoter` for the options.
+
+        Without a ``move`` of your own, what is long unused is archived and what has expired is erased.
+        """
+        from persona_sdk.promotion import Promoter
+
+        return Promoter(self, **{"move": self.memory.move, **options})
 
     def warm(self, persona: Persona, *, system: str = "") -> MemCube | None:
         """See `Persona.warm`.
@@ -249,13 +267,6 @@ class PersonaModel:
         """Raise unless the engine can execute these parts on this base model."""
         plan = CompositionPlan(self.base.fingerprint, contribution.parts)
         self.engine.check(Request(prompt=(0,), plan=plan, tensors=contribution.tensors), room=False)
-
-    def _recall(
-        self, owners: Sequence[str], query: str, k: int, revisions: Mapping[str, int]
-    ) -> Sequence[Passage]:
-        if not any(revisions.values()):  # nobody has written anything yet: the embedder can stay unloaded
-            return []
-        return self.retriever.recall(owners, query, k, revisions)
 
     def _compose(self, persona: Persona | None, messages: Messages, options: ChatOptions) -> Composition:
         return self._composer.compose(None if persona is None else persona.id, messages, options)

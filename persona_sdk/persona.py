@@ -1,9 +1,10 @@
 """The bound handle for one user or one group: everything an application does with a persona.
 
-Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes (`remember`, `attach`,
-`detach`, `rollback`, `forget`) are commits: each makes one new revision, whole or not at all.
+Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes (`remember`, `learn`,
+`attach`, `detach`, `rollback`, `forget`) are commits: each makes one new revision, whole or not at all.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from persona_sdk.library import SHARED, commit_edit, split_name
 from persona_sdk.materialize import Materialized, materialize
 from persona_sdk.memory import MemCube, Passage, Receipt, Revision
 from persona_sdk.memory.cube import PersonaKind
+from persona_sdk.memory.written import FlushReport
 from persona_sdk.persona_memory import PersonaMemory
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Explanation, Reply, ReplyStream
@@ -55,20 +57,27 @@ class Persona:
 
     # Conversation -------------------------------------------------------------------------------------
 
-    def chat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
-        """Answer a message, or a list of ``{"role", "content"}`` turns. Learns nothing.
+    def chat(self, messages: Messages, *, seed: int = 0, learn: bool = False, **options: Any) -> Reply:
+        """Answer a message, or a list of ``{"role", "content"}`` turns. Learns nothing unless told to.
 
         Args:
             messages: what was said; the last turn is the user's.
             seed: of the sampling stream; greedy decoding does not use it.
+            learn: afterwards, remember the last turn and the reply, and count the memories that were used;
+                see `PersonaMemory.learn_from`.
             **options: see `persona_sdk.compose.ChatOptions` (``max_new_tokens``, ``do_sample``, ...).
         """
         replies: list[Reply] = self._model.chat_batch([(self, messages)], seed=seed, **options)
+        if learn:
+            self.memory.learn_from(messages, replies[0])
         return replies[0]
 
-    async def achat(self, messages: Messages, *, seed: int = 0, **options: Any) -> Reply:
+    async def achat(self, messages: Messages, *, seed: int = 0, learn: bool = False, **options: Any) -> Reply:
         """`chat` without blocking the event loop. Cancelling the task ends the reply."""
-        return await self._model.achat(self, messages, seed=seed, **options)
+        reply = await self._model.achat(self, messages, seed=seed, **options)
+        if learn:
+            await asyncio.to_thread(self.memory.learn_from, messages, reply)
+        return reply
 
     def stream(self, messages: Messages, *, seed: int = 0, **options: Any) -> ReplyStream:
         """Answer piece by piece, for ``for`` and ``async for``. The stream's ``.reply`` is the whole answer;
@@ -132,6 +141,16 @@ class Persona:
         return self.memory.remember(
             texts, title=title, tags=tags, semantic_type=semantic_type, searchable=searchable, pinned=pinned
         )
+
+    def learn(self, messages: Messages, *, session: str = "") -> FlushReport:
+        """Remember a conversation: every turn verbatim, and the facts and preferences the user states.
+
+        Args:
+            messages: a string, or ``{"role", "content"}`` turns.
+            session: an id of the conversation.
+        """
+        self.memory.learn(messages, session=session)
+        return self.memory.flush()
 
     def warm(self, *, system: str = "") -> MemCube | None:
         """Compute what stands first in every prompt of this persona, and keep its keys and values.

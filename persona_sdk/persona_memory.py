@@ -1,6 +1,6 @@
 """Everything a persona does with its memory, as one principal: `Persona.memory`.
 
-    write    remember                     life     archive, activate, freeze, unfreeze
+    write    remember, learn, flush       life     archive, activate, freeze, unfreeze
     read     search, cubes                time     snapshot, snapshots, as_of, rollback
     erase    forget, forget_everything    others   share, unshare, shared, audit, verify_audit
 
@@ -10,19 +10,23 @@ one event.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from persona_sdk.compose import PINNED
 from persona_sdk.errors import InvalidInputError, NotFoundError
-from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Passage, Receipt, Revision
+from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Passage, Receipt, RetrievalOptions, Revision
 from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.bound import BoundStore
-from persona_sdk.memory.cube import State
+from persona_sdk.memory.cube import PersonaKind, State
 from persona_sdk.memory.events import Event, Head, acting_as
 from persona_sdk.memory.governance import Granted, Principal, PrincipalKind
 from persona_sdk.memory.snapshots import MemoryView, Snapshot, When
+from persona_sdk.memory.written import FlushReport, Observed
+from persona_sdk.prompting import Message, Messages, parse_messages
+from persona_sdk.reply import Reply
 
 if TYPE_CHECKING:
     from persona_sdk.model import PersonaModel
@@ -37,10 +41,11 @@ class PersonaMemory:
         store: the store as this persona sees it.
     """
 
-    def __init__(self, model: "PersonaModel", owner: str, kind: PrincipalKind) -> None:
+    def __init__(self, model: "PersonaModel", owner: str, kind: PersonaKind) -> None:
         self.owner, self.kind = owner, kind
         self.store = BoundStore(model.store, Principal(owner, kind))
         self._model = model
+        self._system = model.memory
 
     # Writing ------------------------------------------------------------------------------------------
 
@@ -107,11 +112,50 @@ class PersonaMemory:
         found = self.store.lookup(self.owner, revision.added)
         return [found[cube_id] for cube_id in revision.added]
 
+    def learn(self, messages: Messages, *, session: str = "", system: str = "") -> Observed:
+        """Store turns verbatim, to be found at once; what they say waits for `flush` or the writer's thread.
+
+        Args:
+            messages: a string, or ``{"role", "content"}`` turns.
+            session: an id of the conversation.
+            system: the system prompt it ran under, whose words are nobody's facts.
+        """
+        turns = parse_messages(messages)
+        with acting_as(self.store.principal.name):
+            return self._system.learn(self.owner, self.kind, turns, session=session, system=system)
+
+    def flush(self) -> FlushReport:
+        """Work out what the waiting turns say: statements, contradictions, duplicates, rules."""
+        with acting_as(self.store.principal.name):
+            return self._system.flush(self.owner)
+
+    def learn_from(self, messages: Messages, reply: Reply) -> FlushReport:
+        """Remember the last turn and its reply, and count the memories that the reply was given."""
+        turns = parse_messages(messages)
+        said = [turns[-1], *([Message(role="assistant", content=reply.text)] if reply.text.strip() else [])]
+        with acting_as(self.store.principal.name):
+            self._system.learn(self.owner, self.kind, said)
+            used: dict[str, list[str]] = {}
+            for passage in reply.citations:
+                used.setdefault(passage.owner, []).append(passage.id)
+            for owner, cube_ids in used.items():
+                with suppress(NotFoundError):  # forgotten while the reply was written
+                    self._system.record_uses(owner, cube_ids)
+            return self._system.flush(self.owner)
+
     # Reading ------------------------------------------------------------------------------------------
 
-    def search(self, query: str, k: int = 5) -> list[Passage]:
-        """The `k` best memories for a query: its own, its groups' and what others shared with it."""
-        found: list[Passage] = self.store.recall(self._model.retriever, query, k)
+    def search(self, query: str, k: int = 5, **options: Any) -> list[Passage]:
+        """The `k` best memories for a query: its own, its groups' and what others shared with it.
+
+        Args:
+            query: what to look for; dates in it count ("last May").
+            k: how many at most.
+            **options: other weights than the model's, of `persona_sdk.memory.RetrievalOptions`, as ``at``
+                (what was so then) or ``history`` (also what is no longer so).
+        """
+        wanted = RetrievalOptions.parse({**self._system.options.model_dump(), **options})
+        found: list[Passage] = self.store.recall(self._system.search_with(wanted), query, k)
         return found
 
     def cubes(self, *, valid_at: datetime | None = None) -> list[MemCube]:

@@ -88,10 +88,7 @@ def test_doubt_counts_against_a_statement() -> None:
     assert score(doubtful, SalienceConfig()) < SalienceConfig().threshold < score(sure, SalienceConfig())
 
 
-# Text that reads like an instruction
-# --------------------------------------------------------------------------
-
-
+# Text that reads like an instruction ----------------------------------------------------------------------
 @pytest.mark.parametrize(
     "text",
     [

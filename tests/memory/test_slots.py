@@ -111,9 +111,7 @@ def test_less_trusted_history_may_be_added_where_it_changes_nothing() -> None:
     assert not settled.line[1].changed
 
 
-# Through the store -----------------------------------------------------------------------------------------
-
-
+# Through the store ----------------------------------------------------------------------------------------
 @pytest.fixture
 def writer(store: MemoryStore, embedder: HashEmbedder) -> MemoryWriter:
     return MemoryWriter(store, embedder)

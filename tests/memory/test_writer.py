@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError, NotFoundError, StoreError
-from persona_sdk.memory import MemoryStore, Retriever, VectorIndex
+from persona_sdk.memory import CubeDraft, MemoryStore, Retriever, VectorIndex
 from persona_sdk.memory.extraction import Extraction, RuleExtractor
 from persona_sdk.memory.slots import UNCONFIRMED, view
 from persona_sdk.memory.statement import Statement, Turn
@@ -50,10 +50,7 @@ def turns_of(store: MemoryStore, owner: str = "alice") -> list[str]:
     return [str(cube.text) for cube in store.cubes(owner) if cube.header.semantic_type == "turn"]
 
 
-# Observing
-# ------------------------------------------------------------------------------------------------------
-
-
+# Observing ------------------------------------------------------------------------------------------------
 def test_what_was_observed_is_found_by_the_next_search(writer: MemoryWriter, recall: Recall) -> None:
     writer.observe("alice", "My neighbour grows purple carrots.")
     assert recall("purple carrots") == ["My neighbour grows purple carrots."]
@@ -149,10 +146,7 @@ def test_an_embedder_that_fails_loses_no_turn(
     assert statements(store) == ["The user lives in Graz."]
 
 
-# Flushing
-# -------------------------------------------------------------------------------------------------------
-
-
+# Flushing -------------------------------------------------------------------------------------------------
 def test_a_flush_leaves_nothing_behind_and_the_same_turns_give_the_same_memory(
     tmp_path: Path, embedder: HashEmbedder
 ) -> None:
@@ -310,10 +304,37 @@ def test_an_assistants_statement_counts_when_the_user_assents_and_stands_on_both
     assert statements(store) == []
 
 
-# Trust
-# ----------------------------------------------------------------------------------------------------------
+def test_more_work_that_fails_undoes_the_commit(store: MemoryStore) -> None:
+    def fail(connection: object, ids: Sequence[str]) -> None:
+        assert len(ids) == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.commit("alice", add=[CubeDraft.of("x")], also=fail)
+    assert store.personas() == []
 
 
+def test_a_statement_of_a_forgotten_question_is_dropped_while_the_answer_is_read(
+    store: MemoryStore, embedder: HashEmbedder
+) -> None:
+    class Slow:
+        def extract(self, turns: Sequence[Turn]) -> Extraction:
+            found = RuleExtractor().extract(turns)
+            store.forget("alice", [asked.id])
+            return found
+
+    writer = MemoryWriter(store, embedder, extractor=Slow())
+    talk = [
+        {"role": "assistant", "content": "You live in Lyon?"},
+        {"role": "user", "content": "Yes. I like tea."},
+    ]
+    asked, _ = writer.observe("alice", talk).turns
+    report = writer.flush("alice")
+    assert (report.ok, report.turns) == (True, 1)
+    assert statements(store) == ["The user likes tea."]
+
+
+# Trust ----------------------------------------------------------------------------------------------------
 def lives_in(city: str) -> Statement:
     return Statement(f"The user lives in {city}.", city, attribute="lives_in", value=city)
 
@@ -357,10 +378,7 @@ def test_recorded_text_that_reads_like_an_instruction_is_left_out(
     assert statements(store) == ["The user lives in Oslo."]
 
 
-# The worker and other threads
-# --------------------------------------------------------------------------------------
-
-
+# The worker and other threads -----------------------------------------------------------------------------
 def test_the_worker_flushes_by_itself_and_stops_when_told(store: MemoryStore, embedder: HashEmbedder) -> None:
     with MemoryWriter(store, embedder).start() as writer:
         for number in range(5):
@@ -415,10 +433,7 @@ def test_two_writers_on_one_store_do_each_task_once(
     assert len(statements(store)) == 10
 
 
-# Crashes
-# --------------------------------------------------------------------------------------------------------
-
-
+# Crashes --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("moment", ["extract", "commit"])
 def test_a_process_killed_during_enrichment_loses_nothing(
     folder: Path, embedder: HashEmbedder, moment: str

@@ -1,0 +1,90 @@
+"""Search and writing over one store: what the personas of a model share of the memory system.
+
+retriever    finds memories                              uses what the writer stored at once
+writer       turns conversations into memories           in this thread, or in one of its own after start()
+record_uses  counts what replies were given              only when told to: reads do not learn
+move         archive, expire                             what the scheduler decides about states of life
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from persona_sdk.embedders import Embedder, load_embedder
+from persona_sdk.memory import MemoryStore, Passage, RetrievalOptions, Retriever, VectorIndex, uses
+from persona_sdk.memory.cube import PersonaKind, utc_now
+from persona_sdk.memory.expiry import expire
+from persona_sdk.memory.writer import MemoryWriter
+from persona_sdk.memory.written import FlushReport, Observed
+from persona_sdk.prompting import Message
+
+
+class MemorySystem:
+    """The memory services of one open store.
+
+    Args:
+        store: where personas live.
+        embedder: turns memories and queries into vectors; a name is loaded when it is first needed.
+        options: weights of recall.
+    """
+
+    def __init__(self, store: MemoryStore, embedder: str | Embedder, options: RetrievalOptions) -> None:
+        self.store = store
+        self.options = options
+        self._embedder = embedder
+        self._index = VectorIndex(store)
+        self._writes = False
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The text embedder, loaded on first use."""
+        return load_embedder(self._embedder)
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """Search over memories."""
+        return self.search_with(self.options)
+
+    def search_with(self, options: RetrievalOptions) -> Retriever:
+        """Search with other weights."""
+        return Retriever(self.store, self._index, self.embedder, options)
+
+    def recall(
+        self, owners: Sequence[str], query: str, k: int, revisions: Mapping[str, int]
+    ) -> Sequence[Passage]:
+        """For the composer: the best passages at these revisions."""
+        if not any(revisions.values()):  # nobody has written anything yet: the embedder can stay unloaded
+            return []
+        return self.retriever.recall(owners, query, k, revisions)
+
+    @cached_property
+    def writer(self) -> MemoryWriter:
+        """Takes in conversations. ``writer.start()`` lets it work in a thread of its own."""
+        self._writes = True
+        return MemoryWriter(self.store, self.embedder, on_use=self.record_uses)
+
+    def learn(
+        self, owner: str, kind: PersonaKind, turns: Sequence[Message], *, session: str = "", system: str = ""
+    ) -> Observed:
+        """Store turns verbatim and queue what they say for `flush`."""
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        return self.writer.observe(owner, messages, session=session, system=system, kind=kind)
+
+    def flush(self, owner: str) -> FlushReport:
+        """Work out what the owner's waiting turns say."""
+        return self.writer.flush(owner)
+
+    def record_uses(self, owner: str, cube_ids: Sequence[str]) -> None:
+        """Count a use of memories now."""
+        uses.record(self.store, owner, cube_ids, utc_now())
+
+    def move(self, owner: str, cube_ids: Sequence[str], kind: str, reason: str) -> None:
+        """Carry out a decision about states of life: ``"archive"`` these, or ``"expire"`` what is due."""
+        if kind == "archive":
+            self.store.archive(owner, cube_ids, reason=reason)
+        else:
+            expire(self.store, owner, now=utc_now())
+
+    def close(self) -> None:
+        """Stop the writer's thread, if it has one."""
+        if self._writes:
+            self.writer.close()
