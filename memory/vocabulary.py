@@ -100,17 +100,10 @@ _NATIONALITIES = re.compile(
     r"(?:french|german|dutch|greek|swiss|thai|czech|welsh|iraqi|israeli|pakistani|afghan|filipino|argentine"
     r"|(?:brit|span|ir|scott|pol|turk|swed|dan|finn|engl|jew|kurd)ish"
     r"|(?:japan|chin|portugu|vietnam|malt|taiwan|leban|senegal|nepal|congol|sudan|burm)ese"
-<<<<<<< HEAD:memory/lexicon.py
-    r"|(?:americ|mexic|germ|itali|brazili|russi|ukraini|indi|canadi|australi|austri|belgi|norwegi|hungari"
-    r"|romani|bulgari|(?:south )?kore|nigeri|keny|ethiopi|egypti|morocc|tunisi|algeri|irani|chile|colombi"
-    r"|peruvi|cub|croati|serbi|indonesi|malaysi|estoni|latvi|lithuani|south afric|europe|venezuel|jamaic"
-    r"|ghanai|syri)an)",
-=======
     r"|(?:americ|mexic|germ|itali|brazili|russi|ukraini|indi|canadi|australi|austri|belgi|norwegi|hungari|romani"
     r"|bulgari|(?:south )?kore|nigeri|keny|ethiopi|egypti|morocc|tunisi|algeri|irani|chile|colombi|peruvi"
     r"|cub|croati|serbi|indonesi|malaysi|estoni|latvi|lithuani|south afric|europe|venezuel"
     r"|jamaic|ghanai|syri)an)",
->>>>>>> wt-writing:memory/vocabulary.py
     re.IGNORECASE,
 )
 
