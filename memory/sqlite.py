@@ -95,7 +95,10 @@ def _engine(file: Path, busy_timeout: float) -> Engine:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         immediate = connection.get_execution_options().get("immediate", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+        # By the driver itself: every read begins with this, and sqlalchemy's way takes ten times as long.
+        cursor = connection.connection.cursor()
+        cursor.execute("BEGIN IMMEDIATE" if immediate else "BEGIN")
+        cursor.close()
 
     return engine
 
