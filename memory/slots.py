@@ -9,7 +9,8 @@ by distance. A statement begins at ``valid_from``, or when it was said if it giv
                                    Lyon   [May 2024, -       )
 
 So the current view is right, the view as of an earlier day is right, and what arrives late takes its place
-in the past. What is frozen or more trusted than the newcomer is never changed: then the newcomer is kept
+in the past. Who says since when something is so says that it is so now: what was said without a date before
+had ended by then, also if it was said after that date. What is frozen or more trusted than the newcomer is never changed: then the newcomer is kept
 beside it, without slot and tagged "unconfirmed".
 """
 
@@ -126,11 +127,27 @@ def settle(rivals: Sequence[Held], new: Held) -> Settled:
         held_then = [held for held in line if held.header.valid(new.start) and _polarity(held) == "positive"]
         if not any(_value(held) == _value(new) for held in held_then):
             return Settled("aside", [*line, without_slot(new)])
-    closed = _closed([*line, new])
+    closed = _closed([*_made_room(line, new), new])
     changed = [held for held in closed if held.cube is not None and held.changed]
     if not all(may_change(held, trust) for held in changed):
         return Settled("unconfirmed", [*line, unconfirmed(new)])
     return Settled("superseded" if changed else "added", closed)
+
+
+def _made_room(line: Sequence[Held], new: Held) -> list[Held]:
+    """What was said without dates is over when `new` began, if that was said later of what is still so."""
+    if not new.get("dated") or new.header.valid_to is not None or _polarity(new) != "positive":
+        return list(line)
+
+    def vague(held: Held) -> bool:
+        said_before = held.header.created_at <= new.header.created_at
+        return said_before and held.start > new.start and not held.get("dated") and not held.get("ends")
+
+    over = [held for held in line if vague(held)]
+    kept = [held for held in line if not vague(held)]
+    for held in over:
+        kept = [_reopened(other, held.start) for other in kept]
+    return [*(held.with_header(valid_from=None, valid_to=new.start) for held in over), *kept]
 
 
 def without_slot(held: Held) -> Held:

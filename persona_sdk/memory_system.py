@@ -13,9 +13,9 @@ from persona_sdk.embedders import Embedder, load_embedder
 from persona_sdk.memory import MemoryStore, Passage, RetrievalOptions, Retriever, VectorIndex, uses
 from persona_sdk.memory.cube import PersonaKind, utc_now
 from persona_sdk.memory.expiry import expire
+from persona_sdk.memory.turns import Messages
 from persona_sdk.memory.writer import MemoryWriter
 from persona_sdk.memory.written import FlushReport, Observed
-from persona_sdk.prompting import Message
 
 
 class MemorySystem:
@@ -63,10 +63,9 @@ class MemorySystem:
         return MemoryWriter(self.store, self.embedder, on_use=self.record_uses)
 
     def learn(
-        self, owner: str, kind: PersonaKind, turns: Sequence[Message], *, session: str = "", system: str = ""
+        self, owner: str, kind: PersonaKind, messages: Messages, *, session: str = "", system: str = ""
     ) -> Observed:
-        """Store turns verbatim and queue what they say for `flush`."""
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        """Store messages verbatim and queue what they say for `flush`."""
         return self.writer.observe(owner, messages, session=session, system=system, kind=kind)
 
     def flush(self, owner: str) -> FlushReport:

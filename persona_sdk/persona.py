@@ -14,7 +14,7 @@ from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import SHARED, commit_edit, split_name
 from persona_sdk.materialize import Materialized, materialize
-from persona_sdk.memory import MemCube, Passage, Receipt, Revision
+from persona_sdk.memory import MemCube, Passage, Receipt, Revision, turns
 from persona_sdk.memory.cube import PersonaKind
 from persona_sdk.memory.written import FlushReport
 from persona_sdk.persona_memory import PersonaMemory
@@ -142,11 +142,11 @@ class Persona:
             texts, title=title, tags=tags, semantic_type=semantic_type, searchable=searchable, pinned=pinned
         )
 
-    def learn(self, messages: Messages, *, session: str = "") -> FlushReport:
+    def learn(self, messages: turns.Messages, *, session: str = "") -> FlushReport:
         """Remember a conversation: every turn verbatim, and the facts and preferences the user states.
 
         Args:
-            messages: a string, or ``{"role", "content"}`` turns.
+            messages: a string, or ``{"role", "content"}`` turns, with ``at`` if it was not now.
             session: an id of the conversation.
         """
         self.memory.learn(messages, session=session)

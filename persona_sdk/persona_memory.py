@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from persona_sdk.compose import PINNED
 from persona_sdk.errors import InvalidInputError, NotFoundError
-from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Passage, Receipt, RetrievalOptions, Revision
+from persona_sdk.memory import (
+    CubeDraft,
+    CubeHeader,
+    MemCube,
+    Passage,
+    Receipt,
+    RetrievalOptions,
+    Revision,
+    turns,
+)
 from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.bound import BoundStore
 from persona_sdk.memory.cube import PersonaKind, State
@@ -25,7 +34,7 @@ from persona_sdk.memory.events import Event, Head, acting_as
 from persona_sdk.memory.governance import Granted, Principal, PrincipalKind
 from persona_sdk.memory.snapshots import MemoryView, Snapshot, When
 from persona_sdk.memory.written import FlushReport, Observed
-from persona_sdk.prompting import Message, Messages, parse_messages
+from persona_sdk.prompting import Messages, parse_messages
 from persona_sdk.reply import Reply
 
 if TYPE_CHECKING:
@@ -112,17 +121,16 @@ class PersonaMemory:
         found = self.store.lookup(self.owner, revision.added)
         return [found[cube_id] for cube_id in revision.added]
 
-    def learn(self, messages: Messages, *, session: str = "", system: str = "") -> Observed:
+    def learn(self, messages: turns.Messages, *, session: str = "", system: str = "") -> Observed:
         """Store turns verbatim, to be found at once; what they say waits for `flush` or the writer's thread.
 
         Args:
-            messages: a string, or ``{"role", "content"}`` turns.
+            messages: a string, or ``{"role", "content"}`` turns, with ``at`` if it was not now.
             session: an id of the conversation.
             system: the system prompt it ran under, whose words are nobody's facts.
         """
-        turns = parse_messages(messages)
         with acting_as(self.store.principal.name):
-            return self._system.learn(self.owner, self.kind, turns, session=session, system=system)
+            return self._system.learn(self.owner, self.kind, messages, session=session, system=system)
 
     def flush(self) -> FlushReport:
         """Work out what the waiting turns say: statements, contradictions, duplicates, rules."""
@@ -131,8 +139,9 @@ class PersonaMemory:
 
     def learn_from(self, messages: Messages, reply: Reply) -> FlushReport:
         """Remember the last turn and its reply, and count the memories that the reply was given."""
-        turns = parse_messages(messages)
-        said = [turns[-1], *([Message(role="assistant", content=reply.text)] if reply.text.strip() else [])]
+        said = [{"role": "user", "content": parse_messages(messages)[-1].content}]
+        if reply.text.strip():
+            said.append({"role": "assistant", "content": reply.text})
         with acting_as(self.store.principal.name):
             self._system.learn(self.owner, self.kind, said)
             used: dict[str, list[str]] = {}

@@ -229,3 +229,31 @@ def test_forgetting_a_turn_erases_what_it_said_and_nothing_else(
     assert receipt.derived == 2
     assert [cube.text for cube in store.cubes("alice")] == [second.text, "The user is a nurse."]
     assert "Paris" not in str(store.all_cubes("alice"))
+
+
+def test_what_is_so_since_a_day_ends_what_was_said_without_one_even_after_that_day():
+    """ "I live in Paris", then "I moved to Lyon in May 2024", both said this year."""
+    paris = held_at("Paris", said=datetime(2026, 3, 1, tzinfo=UTC))
+    lyon = held_at("Lyon", said=datetime(2026, 3, 2, tzinfo=UTC), since=datetime(2024, 5, 1, tzinfo=UTC))
+    line = settle([paris], lyon).line
+    assert [(h.text, h.header.valid_from, h.header.valid_to) for h in line] == [
+        ("Paris", None, datetime(2024, 5, 1, tzinfo=UTC)),
+        ("Lyon", datetime(2024, 5, 1, tzinfo=UTC), None),
+    ]
+    # With dates of its own, the other way round, or said before: it takes its place in the past.
+    dated = held_at("Paris", said=datetime(2026, 3, 1, tzinfo=UTC), since=datetime(2025, 1, 1, tzinfo=UTC))
+    assert [h.text for h in settle([dated], lyon).line if h.header.valid_to is None] == ["Paris"]
+    later = held_at("Paris", said=datetime(2026, 3, 3, tzinfo=UTC))
+    assert [h.text for h in settle([later], lyon).line if h.header.valid_to is None] == ["Paris"]
+
+
+def held_at(place, *, said, since=None):
+    attributes = {
+        "attribute": "lives_in",
+        "value": place,
+        "polarity": "positive",
+        "dated": since is not None,
+        "ends": False,
+    }
+    header = CubeHeader(slot="lives_in", created_at=said, valid_from=since, attributes=attributes)
+    return Held(place, header)
