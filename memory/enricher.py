@@ -61,7 +61,7 @@ class Enricher:
         try:
             vectors = self._embedder.encode([cube.text or "" for cube in found.values()])
             self._store.add_vectors(owner, self._embedder.fingerprint, dict(zip(found, vectors, strict=True)))
-            with self._store.writing() as connection:
+            with self._store.writing(owner) as connection:
                 pending.finish(connection, owner, [task for task in tasks if task.cube_id in found])
         except RevisionConflictError:
             return FlushReport()  # done by somebody else
@@ -220,7 +220,7 @@ class Enricher:
 
     def _write(self, owner: str, change: Change, head: int, tasks: list[Waiting]) -> tuple[str, ...]:
         if not change.add and not change.retire:
-            with self._store.writing() as connection:
+            with self._store.writing(owner) as connection:
                 pending.finish(connection, owner, tasks)
             return ()
         revision = self._store.commit(
@@ -238,7 +238,7 @@ class Enricher:
         failed = [task for task in tasks if task.cube_id in errors]
         if not failed:
             return FlushReport()
-        with self._store.writing() as connection:
+        with self._store.writing(owner) as connection:
             pending.fail(connection, owner, failed)
         found = []
         for task in failed:

@@ -171,7 +171,7 @@ class MemoryWriter:
             NotFoundError: there is no such persona.
         """
         self._require(owner)
-        with self._store.writing() as connection:
+        with self._store.writing(owner) as connection:
             found = pending.reset(connection, owner)
         self._wake.set()
         return found
