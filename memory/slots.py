@@ -9,9 +9,11 @@ by distance. A statement begins at ``valid_from``, or when it was said if it giv
                                    Lyon   [May 2024, -       )
 
 So the current view is right, the view as of an earlier day is right, and what arrives late takes its place
-in the past. Who says since when something is so says that it is so now: what was said without a date before
-had ended by then, also if it was said after that date. What is frozen or more trusted than the newcomer is never changed: then the newcomer is kept
-beside it, without slot and tagged "unconfirmed".
+in the past. Who says since when something is so says that it is so now: what was said before without a date
+had ended by then, also if it was said after that date.
+
+What is frozen or more trusted than the newcomer is never changed: then the newcomer is kept beside it,
+without slot and tagged "unconfirmed".
 """
 
 from collections.abc import Iterable, Sequence

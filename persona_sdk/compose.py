@@ -26,6 +26,8 @@ from persona_sdk.library import AdapterLibrary, Unused
 from persona_sdk.memory import CubeHeader, MemCube, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.facts import PROMOTION
+from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.slots import UNCONFIRMED
 from persona_sdk.memory.turns import TURN
 from persona_sdk.models import LanguageModel
 from persona_sdk.passage_spans import Span, passage_spans
@@ -40,6 +42,7 @@ Recall: TypeAlias = Callable[[tuple[str, ...], str, int, Mapping[str, int]], Seq
 # What the header of a pinned memory says in its attributes. Such a text is in every prompt of its owner, as
 # are those that the scheduler promoted (`persona_sdk.promotion`), which stand behind the pinned ones.
 PINNED = {"pinned": True}
+DOUBTFUL = frozenset({QUARANTINED, UNCONFIRMED})  # tags of what is kept, found, and in no prompt
 _OWNERS_IN_RAM = 1024
 
 _log = logging.getLogger("persona_sdk.compose")
@@ -50,9 +53,10 @@ def is_pinned(header: CubeHeader) -> bool:
     return header.attributes.get("pinned") is True
 
 
-def without_idle_turns(passages: Sequence[Passage], conversation: Sequence[str]) -> tuple[Passage, ...]:
-    """Leave out recorded turns that would only repeat something: this conversation, a question, or what was
-    drawn from them and is among the passages itself.
+def fit_for_prompts(passages: Sequence[Passage], conversation: Sequence[str]) -> tuple[Passage, ...]:
+    """Leave out what reads like an instruction or contradicts something better founded, and recorded turns
+    that would only repeat something: this conversation, a question, or what was drawn from them and is among
+    the passages itself.
     """
     drawn = {(s.owner, s.cube_id) for passage in passages for s in passage.header.sources}
     here = {text.strip().casefold() for text in conversation}
@@ -63,7 +67,7 @@ def without_idle_turns(passages: Sequence[Passage], conversation: Sequence[str])
             text.endswith("?") or text.casefold() in here or (passage.owner, passage.id) in drawn
         )
 
-    return tuple(passage for passage in passages if not idle(passage))
+    return tuple(p for p in passages if not idle(p) and not DOUBTFUL & set(p.header.tags))
 
 
 def promoted_ids(cubes: Iterable[MemCube]) -> set[str]:
@@ -225,7 +229,7 @@ class Composer:
         # Twice as many: some are turns that say no more than what was drawn from them.
         found = self._recall_from(tuple(revisions), asked, 2 * options.recall_k + len(pinned), revisions)
         near = [p for p in found if p.id not in known and p.score >= options.recall_score]
-        return without_idle_turns(near, [turn.content for turn in turns])[: options.recall_k]
+        return fit_for_prompts(near, [turn.content for turn in turns])[: options.recall_k]
 
     def _fit(
         self,

@@ -15,7 +15,7 @@ from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import SHARED, commit_edit, split_name
 from persona_sdk.materialize import Materialized, materialize
 from persona_sdk.memory import MemCube, Passage, Receipt, Revision, turns
-from persona_sdk.memory.cube import PersonaKind
+from persona_sdk.memory.cube import PersonaKind, utc_now
 from persona_sdk.memory.written import FlushReport
 from persona_sdk.persona_memory import PersonaMemory
 from persona_sdk.prompting import Messages
@@ -175,8 +175,8 @@ class Persona:
         return self.memory.search(query, k)
 
     def memories(self) -> list[MemCube]:
-        """All live text memories of this persona, oldest first."""
-        return self.memory.cubes()
+        """Live texts that are still so, without recorded turns, oldest first; `memory.cubes` has all."""
+        return self.memory.cubes(valid_at=utc_now(), turns=False)
 
     def forget(self, query_or_cube_id: str) -> Receipt:
         """Erase memories by cube id or phrase, with all derived from them; see `PersonaMemory.forget`."""

@@ -33,6 +33,7 @@ from persona_sdk.memory.cube import PersonaKind, State
 from persona_sdk.memory.events import Event, Head, acting_as
 from persona_sdk.memory.governance import Granted, Principal, PrincipalKind
 from persona_sdk.memory.snapshots import MemoryView, Snapshot, When
+from persona_sdk.memory.turns import TURN
 from persona_sdk.memory.written import FlushReport, Observed
 from persona_sdk.prompting import Messages, parse_messages
 from persona_sdk.reply import Reply
@@ -167,10 +168,16 @@ class PersonaMemory:
         found: list[Passage] = self.store.recall(self._system.search_with(wanted), query, k)
         return found
 
-    def cubes(self, *, valid_at: datetime | None = None) -> list[MemCube]:
-        """All live text memories, oldest first; with `valid_at` those that hold at that time."""
+    def cubes(self, *, valid_at: datetime | None = None, turns: bool = True) -> list[MemCube]:
+        """All live text memories, oldest first.
+
+        Args:
+            valid_at: only what holds at that time.
+            turns: also conversations as they were recorded.
+        """
         cubes = self.store.cubes(self.owner, kind="plaintext")
-        return [cube for cube in cubes if valid_at is None or cube.header.valid(valid_at)]
+        holding = [cube for cube in cubes if valid_at is None or cube.header.valid(valid_at)]
+        return [cube for cube in holding if turns or cube.header.semantic_type != TURN]
 
     # Erasing ------------------------------------------------------------------------------------------
 

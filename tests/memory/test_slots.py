@@ -232,7 +232,7 @@ def test_forgetting_a_turn_erases_what_it_said_and_nothing_else(
 
 
 def test_what_is_so_since_a_day_ends_what_was_said_without_one_even_after_that_day():
-    """ "I live in Paris", then "I moved to Lyon in May 2024", both said this year."""
+    """After "I live in Paris" somebody says: "I moved to Lyon in May 2024", both this year."""
     paris = held_at("Paris", said=datetime(2026, 3, 1, tzinfo=UTC))
     lyon = held_at("Lyon", said=datetime(2026, 3, 2, tzinfo=UTC), since=datetime(2024, 5, 1, tzinfo=UTC))
     line = settle([paris], lyon).line
