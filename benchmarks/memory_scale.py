@@ -6,10 +6,11 @@
                  over vectors made anew from the seed
     erasing      seconds of `forget_everything` for 1,000 memories, compaction included
 
-The bars of retrieval take personas drawn uniformly, after one pass over everybody, with slices within the index's
-budget. Cold slices, and the default budget, stand beside. The same personas are searched in stores of 10 to
-all personas. Peers: one flat index over everybody that fetches 2k and then filters, as mem0's FAISS store
-does, and mem0 itself if an interpreter that has it is named (`benchmarks.peers.mem0_rows`).
+The bars of retrieval take personas drawn uniformly, after one pass over everybody, with slices within
+the index's budget. Cold slices, and the default budget, stand beside. The same personas are searched in
+stores of 10 to all personas. Peers: one flat index over everybody that fetches 2k and then filters, as
+mem0's FAISS store does, and mem0 itself if an interpreter that has it is named
+(`benchmarks.peers.mem0_rows`).
 
 With ``--resume`` the stores stay in that folder.
 """
