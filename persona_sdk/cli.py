@@ -1,17 +1,16 @@
-"""The ``persona`` command: chat, personas, models, doctor. Thin: every command is one call of the library."""
+"""The ``persona`` command: chat, personas, models, doctor, and `cli_memory`. Thin: a command is one call."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from persona_sdk.errors import InvalidInputError, NotFoundError, PersonaError
+from persona_sdk.cli_common import Model, PersonaId, Store, Yes, console, errors, open_store, require
+from persona_sdk.cli_memory import audit, memory
+from persona_sdk.errors import InvalidInputError, PersonaError
 
 if TYPE_CHECKING:
     from persona_sdk.memory import MemoryStore
@@ -23,14 +22,8 @@ personas = typer.Typer(no_args_is_help=True, help="Look after the personas of a 
 models = typer.Typer(no_args_is_help=True, help="Base models and embedders.")
 app.add_typer(personas, name="personas")
 app.add_typer(models, name="models")
-
-console = Console()
-errors = Console(stderr=True)
-
-Store = Annotated[Path, typer.Option("--store", envvar="PERSONA_STORE", help="Folder of the store.")]
-Model = Annotated[str, typer.Option("--model", envvar="PERSONA_MODEL", help="Alias, path or hub id.")]
-PersonaId = Annotated[str, typer.Argument(help="Id of a user or a group.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+app.add_typer(memory, name="memory")
+app.add_typer(audit, name="audit")
 
 
 def main() -> None:
@@ -44,16 +37,6 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-@contextmanager
-def _open(store: Path, *, create: bool = False) -> Iterator["MemoryStore"]:
-    from persona_sdk.memory import MemoryStore
-
-    if not create and not (store / "personas.db").exists():
-        raise NotFoundError(f"There is no store in {str(store)!r}.", hint="Name its folder with --store.")
-    with MemoryStore.open(store) as opened:
-        yield opened
-
-
 @app.command()
 def chat(
     user: Annotated[str, typer.Option("--user", "-u", help="Who is talking.")],
@@ -64,8 +47,9 @@ def chat(
     max_new_tokens: int = 128,
     do_sample: bool = False,
     seed: int = 0,
+    learn: Annotated[bool, typer.Option(help="Remember what is said.")] = False,
 ) -> None:
-    """Talk as a user. /remember TEXT, /forget PHRASE, /explain, /history and /quit work inside."""
+    """Talk as a user. /help lists the commands that work inside; --learn remembers what is said."""
     from persona_sdk import PersonaModel
     from persona_sdk.reply import Reply
 
@@ -89,6 +73,8 @@ def chat(
                 console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
             console.print()
             reply = stream.reply
+            if learn:
+                persona.memory.learn_from(asked, reply)
             turns[:] = [*asked, {"role": "assistant", "content": reply.text.strip() or "..."}]
             if reply.dropped_turns:
                 console.print(f"[dim]({reply.dropped_turns} oldest turns no longer fit and were left out)[/]")
@@ -134,7 +120,7 @@ def chat(
 def list_personas(store: Store = Path("personas")) -> None:
     """All personas of a store."""
     table = Table("id", "kind", "revision", "cubes", "since")
-    with _open(store) as opened:
+    with open_store(store) as opened:
         for record in opened.personas():
             since = f"{record.created_at:%Y-%m-%d %H:%M}"
             table.add_row(Text(record.id), record.kind, str(record.revision), str(record.cubes), since)
@@ -145,8 +131,8 @@ def list_personas(store: Store = Path("personas")) -> None:
 def show(persona_id: PersonaId, store: Store = Path("personas")) -> None:
     """What a persona consists of right now."""
     table = Table(Column("cube", no_wrap=True), "kind", "type", "revision", "content")
-    with _open(store) as opened:
-        _require(opened, persona_id)
+    with open_store(store) as opened:
+        require(opened, persona_id)
         groups = opened.groups(persona_id)
         for cube in opened.cubes(persona_id):
             content = cube.text if cube.text is not None else cube.header.title
@@ -166,17 +152,19 @@ def show(persona_id: PersonaId, store: Store = Path("personas")) -> None:
 @personas.command()
 def history(persona_id: PersonaId, store: Store = Path("personas")) -> None:
     """Every revision of a persona."""
-    with _open(store) as opened:
-        _require(opened, persona_id)
+    with open_store(store) as opened:
+        require(opened, persona_id)
         _print_history(opened, persona_id)
 
 
 @personas.command()
-def rollback(persona_id: PersonaId, revision: int, store: Store = Path("personas")) -> None:
-    """Make a new revision with the content of an old one."""
-    with _open(store) as opened:
-        made = opened.rollback(persona_id, revision)
-    console.print(f"{escape(persona_id)} is at revision {made.number}, with the content of {revision}")
+def rollback(persona_id: PersonaId, revision: str, store: Store = Path("personas")) -> None:
+    """Make a new revision with the content of an old one, or of a snapshot."""
+    with open_store(store) as opened:
+        made = opened.rollback(persona_id, int(revision) if revision.isdecimal() else revision)
+    console.print(
+        f"{escape(persona_id)} is at revision {made.number}, with the content of {escape(revision)}"
+    )
 
 
 @personas.command()
@@ -187,8 +175,8 @@ def forget(
     yes: Yes = False,
 ) -> None:
     """Erase a cube and all that derives from it, or a whole persona. There is no way back."""
-    with _open(store) as opened:
-        _require(opened, persona_id)
+    with open_store(store) as opened:
+        require(opened, persona_id)
         if cube == "":  # an empty shell variable must not erase a persona
             raise InvalidInputError("The cube id is empty.", hint="Leave it out to erase the whole persona.")
         what = f"everything about {persona_id}" if cube is None else f"cube {cube}"
@@ -201,7 +189,7 @@ def forget(
 @personas.command()
 def export(persona_id: PersonaId, path: Path, store: Store = Path("personas")) -> None:
     """Write a persona, history included, to one archive file."""
-    with _open(store) as opened:
+    with open_store(store) as opened:
         written = opened.export(persona_id, path)
     console.print(f"{written}  {written.stat().st_size:,} bytes", highlight=False)
 
@@ -213,7 +201,7 @@ def import_persona(
     store: Store = Path("personas"),
 ) -> None:
     """Read an archive made by export."""
-    with _open(store, create=True) as opened:
+    with open_store(store, create=True) as opened:
         owner = opened.import_archive(path, as_id=as_id)
         console.print(f"{escape(owner)} imported, revision {opened.head(owner)}")
 
@@ -260,13 +248,6 @@ def doctor(store: Annotated[Path | None, typer.Option(help="Also check this stor
     console.print(table)
     if not all(check.ok for check in found):
         raise typer.Exit(1)
-
-
-def _require(store: "MemoryStore", persona_id: str) -> None:
-    if store.kind_of(persona_id) is None:
-        raise NotFoundError(
-            f"There is no persona {persona_id!r} here.", hint="persona personas list shows them."
-        )
 
 
 def _print_history(store: "MemoryStore", persona_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Learning from conversations, through the facade: what is said becomes memory, and prompts get the right part."""
+"""Learning from conversations, through the facade: what is said becomes memory, and what is prompted."""
 
 from datetime import UTC, datetime
 
