@@ -64,7 +64,7 @@ class PersonaModel:
         cls,
         name: str | LanguageModel = "smollm2-135m",
         *,
-        store: str | Path = "personas",
+        store: str | Path | MemoryStore = "personas",
         embedder: str | Embedder = "minilm",
         device: str = "auto",
         dtype: str = "auto",
@@ -75,7 +75,8 @@ class PersonaModel:
 
         Args:
             name: alias, local path or hub id of a causal LM, or one that is already loaded.
-            store: folder of the store; made if it does not exist.
+            store: folder of the store, made if it does not exist; the URL of a PostgreSQL database; or a
+                store that is open, as an encrypted one. The model closes it.
             embedder: alias, path or hub id of a sentence-transformers model, or an `Embedder`.
             device: ``"auto"`` takes CUDA when there is one.
             dtype: a torch dtype's name, ``"auto"`` or ``"fastest"``, as in `LanguageModel.from_pretrained`.
@@ -97,7 +98,8 @@ class PersonaModel:
         options = engine if isinstance(engine, EngineOptions) else EngineOptions.parse(dict(engine or {}))
         if not isinstance(retrieval, RetrievalOptions):
             retrieval = RetrievalOptions.parse(dict(retrieval or {}))
-        return cls(name, MemoryStore.open(store), embedder, options, retrieval)
+        opened = store if isinstance(store, MemoryStore) else MemoryStore.open(store)
+        return cls(name, opened, embedder, options, retrieval)
 
     def __enter__(self) -> Self:
         return self
