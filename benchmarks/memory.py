@@ -1,6 +1,7 @@
 """The memory system: what it finds, how fast, what survives, and what becomes of text.
 
     recall      evidence and needle recall against published encoders        memory_recall.py
+    write       statements drawn from chats; what an update leaves behind    memory_write.py
     scale       a million memories of ten thousand personas; erasing one     memory_scale.py
     crash       kill -9 amid mixed writes                                    memory_crash.py
     kv          first token against memory:prompt ratio                      memory_kv.py
@@ -24,7 +25,7 @@ from benchmarks import harness
 from benchmarks.harness import Bar, BenchmarkError, Cells, Result, Row
 
 NAME = "memory"
-PARTS = ("recall", "scale", "crash", "kv", "promotion")
+PARTS = ("recall", "write", "scale", "crash", "kv", "promotion")
 
 
 @dataclass(frozen=True)
