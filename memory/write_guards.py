@@ -24,8 +24,9 @@ from typing import Protocol, runtime_checkable
 from persona_sdk.errors import InvalidInputError, RateLimitError
 from persona_sdk.memory.cube import TRUST_ORDER, CubeDraft, MemCube, Trust
 from persona_sdk.memory.governance import Principal
+from persona_sdk.memory.screening import QUARANTINED
 
-QUARANTINE = "quarantine"
+QUARANTINE = QUARANTINED  # one tag, whoever sets it: prompts and the scheduler look at it
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class DenyList:
 
 
 class Quarantine(DenyList):
-    """Lets through what matches, but as untrusted as the web, and with the tag ``quarantine``."""
+    """Lets through what matches, but as untrusted as the web, and with the tag `QUARANTINE`, so in no prompt."""
 
     def __call__(self, write: Write) -> CubeDraft:
         """Mark what matches."""

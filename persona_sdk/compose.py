@@ -25,9 +25,7 @@ from persona_sdk.errors import PromptTooLongError
 from persona_sdk.library import AdapterLibrary, Unused
 from persona_sdk.memory import CubeHeader, MemCube, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
-from persona_sdk.memory.facts import PROMOTION
-from persona_sdk.memory.screening import QUARANTINED
-from persona_sdk.memory.slots import UNCONFIRMED
+from persona_sdk.memory.facts import DOUBTFUL, PROMOTION
 from persona_sdk.memory.turns import TURN
 from persona_sdk.models import LanguageModel
 from persona_sdk.passage_spans import Span, passage_spans
@@ -42,7 +40,6 @@ Recall: TypeAlias = Callable[[tuple[str, ...], str, int, Mapping[str, int]], Seq
 # What the header of a pinned memory says in its attributes. Such a text is in every prompt of its owner, as
 # are those that the scheduler promoted (`persona_sdk.promotion`), which stand behind the pinned ones.
 PINNED = {"pinned": True}
-DOUBTFUL = frozenset({QUARANTINED, UNCONFIRMED})  # tags of what is kept, found, and in no prompt
 _OWNERS_IN_RAM = 1024
 
 _log = logging.getLogger("persona_sdk.compose")
@@ -308,7 +305,7 @@ class PinnedMemories:
         passages = tuple(
             Passage(cube.id, cube.owner, cube.text, 1.0, cube.header.created_at, cube.header)
             for cube in pinned
-            if cube.text is not None and cube.state != "archived"
+            if cube.text is not None and cube.state != "archived" and not DOUBTFUL & set(cube.header.tags)
         )
         with self._lock:
             self._kept[owner] = (state, passages)
