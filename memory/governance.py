@@ -75,6 +75,9 @@ class Standing:
         return right == "write" and (cube.id, "write") in self.granted
 
 
+OWNER = Standing(everything=True)
+
+
 def standing(connection: Connection, principal: Principal, owner: str) -> Standing:
     """What `principal` is to `owner` at this moment; nothing at all when there is no such persona."""
     if principal.kind == "system":
@@ -182,6 +185,14 @@ def shared_with(connection: Connection, principal: Principal) -> dict[str, list[
         if cubes := readable(connection, principal, owner):
             shared[owner] = cubes
     return shared
+
+
+def owners_for(connection: Connection, principal: Principal) -> list[str]:
+    """Whose memory a principal may read something of: its own, its groups', and what was granted to it."""
+    names = names_of(connection, principal)
+    own = [name.partition(":")[2] for name in names if name.startswith(("user:", "group:"))]
+    granted = select(grants.c.owner).where(grants.c.principal.in_(names)).distinct().order_by(grants.c.owner)
+    return list(dict.fromkeys([*own, *connection.execute(granted).scalars()]))
 
 
 def readable(connection: Connection, principal: Principal, owner: str) -> list[MemCube]:
