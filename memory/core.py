@@ -19,6 +19,8 @@ from sqlalchemy import Connection, Engine, select
 from persona_sdk.errors import PersonaError, StoreError
 from persona_sdk.memory import database
 from persona_sdk.memory.database import translated
+from persona_sdk.memory.derived import Derived
+from persona_sdk.memory.rows import CHUNK
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.vault import Vault
 from persona_sdk.tensors import Digest
@@ -36,6 +38,7 @@ class StoreCore:
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._forget_listeners: list[Callable[[str], None]] = []
+        self._derived_listeners: list[Callable[[Sequence[Derived]], None]] = []
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -102,7 +105,10 @@ class StoreCore:
         if not digests:
             return {}
         with self.writing() as connection:
-            named = self._named(connection)
+            named: set[Digest] = set()
+            for start in range(0, len(digests), CHUNK):
+                part = cubes.c.blob.in_(digests[start : start + CHUNK])
+                named |= set(connection.execute(select(cubes.c.blob).where(part)).scalars())
             return {name: self.vault.delete(name) for name in digests if name not in named}
 
     def sweep(self) -> None:
@@ -127,6 +133,22 @@ class StoreCore:
     def on_forget(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with the owner whenever cubes of it were erased."""
         self._forget_listeners.append(listener)
+
+    def on_derived_erased(self, listener: Callable[[Sequence[Derived]], None]) -> None:
+        """Call `listener` with what an erasure took because it was derived, once its bytes are gone too.
+
+        It is the place to train weights again from the sources that remain; it runs in the thread that
+        forgot, and is not called when nothing was derived.
+        """
+        self._derived_listeners.append(listener)
+
+    def announce_derived(self, derived: Sequence[Derived]) -> None:
+        """For `erasure`: tell those who asked with `on_derived_erased`."""
+        for listener in self._derived_listeners if derived else ():
+            try:
+                listener(derived)
+            except Exception:  # somebody else's code, as below
+                logger.exception("a listener failed when something derived was erased")
 
     def announce(self, owners: Iterable[str]) -> None:
         """For `erasure`: tell those who asked with `on_forget`."""

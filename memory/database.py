@@ -23,11 +23,21 @@ from sqlalchemy.exc import DBAPIError
 
 from persona_sdk import files
 from persona_sdk.errors import RevisionConflictError, SchemaError, StoreError, StoreFullError
+from persona_sdk.memory.checkpoint import checkpoint, compact, keep_clean
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BACKUP_GLOB = "personas.db.before-*.bak"
 
-_PRAGMAS = ("foreign_keys=ON", "secure_delete=ON", "synchronous=FULL", "temp_store=MEMORY")
+# auto_vacuum takes effect in a new file only. Checkpoints are made by `persona_sdk.memory.checkpoint`.
+_PRAGMAS = (
+    "auto_vacuum=INCREMENTAL",
+    "foreign_keys=ON",
+    "secure_delete=ON",
+    "synchronous=FULL",
+    "temp_store=MEMORY",
+    "wal_autocheckpoint=0",
+)
+_COMPACT_PAGES, _COMPACT_SHARE = 4096, 0.25  # given back at a time; free before an old file is rewritten
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -46,6 +56,7 @@ def open_database(file: Path, *, busy_timeout: float) -> Engine:
         try:
             _use_wal(engine, busy_timeout)
             _migrate(engine, file)
+            keep_clean(engine, file)
         except BaseException:
             engine.dispose()
             raise
@@ -140,23 +151,19 @@ def _back_up(file: Path, target: Path) -> None:
 
 
 def scrub(engine: Engine, folder: Path) -> bool:
-    """Rewrite the database without its free space, empty the WAL and drop backups of older schemas.
+    """Give free pages back, overwrite what is left of erased rows and drop backups of older schemas.
 
-    Returns whether all of it was possible. It is not while another process reads, or without room for
-    a second copy of the database.
+    The time depends on what changed, not on the size of the store. Returns whether all of it was possible;
+    it is not while another process reads or writes.
     """
     try:
         for backup in folder.glob(f"{BACKUP_GLOB}*"):
             backup.unlink(missing_ok=True)
         files.sync(folder)
         with closing(engine.raw_connection()) as raw:
-            cursor = raw.cursor()
-            cursor.execute("VACUUM")
-            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            busy = cursor.fetchone()
-            cursor.close()
-        return busy is not None and busy[0] == 0
-    except (sqlite3.OperationalError, OSError):
+            compact(raw.driver_connection, pages=_COMPACT_PAGES, share=_COMPACT_SHARE)
+        return checkpoint(folder / "personas.db", timeout=1.0, wipe=True)
+    except (sqlite3.Error, OSError):
         return False
 
 

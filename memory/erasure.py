@@ -4,25 +4,29 @@ One transaction replaces the rows of the cubes, and of all cubes that name them 
 and whoever owns them, by tombstones (id, time, the revisions it was live in). Messages of revisions that
 added or retired one of them are blanked, since a caller may have put anything there. Each owner concerned
 gets a revision ``forget``. Then blob files that nobody names any more are deleted, copies of the database
-from before a migration too, the database is rewritten without its free space and the WAL is emptied.
+from before a migration too, and what SQLite and its WAL keep of the rows is overwritten. In an encrypted
+store the key of an erased persona is gone too, and with it what backups elsewhere hold of that persona.
 
-A crash after the transaction leaves at most unreferenced bytes. SQLite has overwritten the rows by then
-(``secure_delete``), the next `MemoryStore.open` deletes orphaned blobs, and forgetting anything, or
-`MemoryStore.scrub`, does the rest.
+The transaction leaves a file ``erasing-*.pending``, which goes when all of that is done. After a crash the
+next `MemoryStore.open` finds it and does the rest.
 """
 
 import hashlib
 import json
+import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, LargeBinary, cast, delete, func, insert, select, update
 
+from persona_sdk import files
 from persona_sdk.errors import NotFoundError, StoreError
-from persona_sdk.memory import revisions
+from persona_sdk.memory import derived, revisions, signing
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
@@ -49,6 +53,7 @@ from persona_sdk.memory.schema import revisions as revision_rows
 from persona_sdk.tensors import Digest
 
 FORGOTTEN = "(forgotten)"
+PENDING = "erasing-*.pending"
 
 _CubeKey = tuple[str, str]  # owner, cube id
 
@@ -93,9 +98,11 @@ def _erase(
     store: StoreReader, owner: str, chosen: Callable[[Connection], list[str]], *, everything: bool
 ) -> Receipt:
     at, tally = utc_now(), _Tally()
-    with store.writing() as connection:
+    signing.require_key(store.folder)
+    with store.writing() as connection, _pending(store.folder) as pending_file:
         asked = chosen(connection)
         by_owner = _with_derived(connection, [(owner, cube_id) for cube_id in asked])
+        told = derived.collect(connection, by_owner, {(owner, cube_id) for cube_id in asked})
         blobs = {blob for who, ids in by_owner.items() for blob in _blobs_of(connection, who, ids)}
         for who, ids in by_owner.items():
             if everything and who == owner:
@@ -111,8 +118,11 @@ def _erase(
         deleted = store.drop_unnamed(sorted(blobs))
     except StoreError:  # the rows are gone already, so say what is left instead of losing the receipt
         complete = False
+    scrubbed = store.scrub() and complete
+    if scrubbed:
+        pending_file.unlink(missing_ok=True)
     gone = list(dict.fromkeys([*asked, *(cube_id for ids in by_owner.values() for cube_id in ids)]))
-    return Receipt(
+    receipt = Receipt(
         owner=owner,
         at=at,
         everything=everything,
@@ -122,8 +132,34 @@ def _erase(
         vectors=tally.vectors,
         blobs=tuple(deleted),
         bytes=tally.bytes + sum(deleted.values()),
-        scrubbed=store.scrub() and complete,
-    ).sealed()
+        scrubbed=scrubbed,
+        retrainable=derived.retrainable(told),
+    ).signed(store.folder)
+    store.announce_derived(told)
+    return receipt
+
+
+@contextmanager
+def _pending(folder: Path) -> Iterator[Path]:
+    """Note, within the transaction, that an erasure is not finished; the note goes with a failed one."""
+    note = folder / PENDING.replace("*", uuid.uuid4().hex)
+    files.write_atomically(note, b"")
+    try:
+        yield note
+    except BaseException:
+        note.unlink(missing_ok=True)
+        raise
+
+
+def resume(store: StoreReader) -> None:
+    """Finish the erasures of processes that were killed, when a store is opened."""
+    if not any(store.folder.glob(PENDING)):
+        return
+    with store.writing():  # whoever is erasing now has noted it in the transaction that we wait for
+        found = list(store.folder.glob(PENDING))
+    if store.scrub():
+        for note in found:
+            note.unlink(missing_ok=True)
 
 
 def _with_parents(connection: Connection, owner: str, ids: Sequence[str]) -> list[str]:
@@ -142,16 +178,22 @@ def _with_derived(connection: Connection, start: Iterable[_CubeKey]) -> dict[str
     found: dict[_CubeKey, None] = dict.fromkeys(start)
     todo = list(found)
     while todo:
-        owner, cube_id = todo.pop()
-        named = (sources.c.source_owner == owner) & (sources.c.source_id == cube_id)
-        for row in connection.execute(select(sources.c.owner, sources.c.cube_id).where(named)):
-            if (key := (row.owner, row.cube_id)) not in found:
-                found[key] = None
-                todo.append(key)
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for owner, cube_id in found:
-        grouped[owner].append(cube_id)
-    return grouped
+        fresh: dict[_CubeKey, None] = {}
+        for owner, ids in _grouped(todo).items():
+            for part in _chunks(ids):
+                named = (sources.c.source_owner == owner) & sources.c.source_id.in_(part)
+                query = select(sources.c.owner, sources.c.cube_id).where(named)
+                fresh |= {(row.owner, row.cube_id): None for row in connection.execute(query)}
+        todo = [key for key in fresh if key not in found]
+        found |= dict.fromkeys(todo)
+    return _grouped(found)
+
+
+def _grouped(keys: Iterable[_CubeKey]) -> dict[str, list[str]]:
+    by_owner: dict[str, list[str]] = defaultdict(list)
+    for owner, cube_id in keys:
+        by_owner[owner].append(cube_id)
+    return by_owner
 
 
 def _chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:

@@ -47,6 +47,7 @@ class MemoryStore(StoreReader):
             try:
                 store = cls(folder, engine, Vault(folder / "blobs"))
                 store.sweep()
+                erasure.resume(store)
             except BaseException:
                 engine.dispose()
                 raise
