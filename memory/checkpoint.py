@@ -41,6 +41,8 @@ def checkpoint(file: Path, *, timeout: float, wipe: bool = False) -> bool:
     """
     wal, note = (file.with_name(file.name + end) for end in ("-wal", NOTE))
     with _connected(file, timeout) as lock, _connected(file, timeout) as mover:
+        if not wipe:
+            lock.execute("PRAGMA journal_size_limit=0")  # what begins the new WAL then cuts the old one off
         page_size, maps = _pragma(lock, "page_size"), bool(_pragma(lock, "auto_vacuum"))
         for _ in range(_ATTEMPTS):
             with _locked(lock):
@@ -101,7 +103,7 @@ def compact(connection: sqlite3.Connection, *, pages: int, share: float) -> None
     for it, once more than `share` of it is free.
     """
     if _pragma(connection, "auto_vacuum"):
-        connection.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+        connection.executescript(f"PRAGMA incremental_vacuum({pages})")  # a step a page: `execute` makes one
     elif _pragma(connection, "freelist_count") > share * _pragma(connection, "page_count"):
         connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
         connection.execute("VACUUM")

@@ -17,9 +17,11 @@ from typing import Self
 from sqlalchemy import Connection, Engine, select
 
 from persona_sdk.errors import PersonaError, StoreError
-from persona_sdk.memory import database
+from persona_sdk.memory import cipher as ciphers
+from persona_sdk.memory import database, encryption
 from persona_sdk.memory.database import translated
 from persona_sdk.memory.derived import Derived
+from persona_sdk.memory.encryption import Encryption, KeyRing
 from persona_sdk.memory.rows import CHUNK
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.vault import Vault
@@ -37,6 +39,7 @@ class StoreCore:
         self._engine: Engine | None = engine
         self._process = os.getpid()
         self._lock = threading.RLock()
+        self._encryption: Encryption | None = None
         self._forget_listeners: list[Callable[[str], None]] = []
         self._derived_listeners: list[Callable[[Sequence[Derived]], None]] = []
 
@@ -45,7 +48,7 @@ class StoreCore:
         """A read transaction. For modules of this package: whoever uses it names the owner in every query."""
         self._require_process()
         with translated(self.folder), self._open_engine().connect() as connection, connection.begin():
-            yield connection
+            yield ciphers.use(connection, self._encryption)
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -56,7 +59,18 @@ class StoreCore:
             translated(self.folder),
             self._open_engine().execution_options(immediate=True).begin() as connection,
         ):
-            yield connection
+            yield ciphers.use(connection, self._encryption)
+
+    def unlock(self, ring: KeyRing | None) -> None:
+        """Check the master key, and use it from now on; for a store that is being opened.
+
+        Raises:
+            MasterKeyError: it is missing, another one, or the store is not encrypted.
+        """
+        with self.reading() if ring is None else self.writing() as connection:
+            self._encryption = encryption.unlock(connection, ring)
+        if self._encryption is not None:
+            self.on_forget(self._encryption.drop)
 
     def _require_process(self) -> None:
         # SQLite connections do not survive a fork: the parent would delete the log the child writes to.
@@ -86,19 +100,41 @@ class StoreCore:
         self.close()
 
     @contextmanager
-    def blobs_written(self, blobs: Iterable[tuple[Digest, bytes]]) -> Iterator[None]:
-        """Write encoded blobs before the transaction of the block; take the new ones back if it fails."""
-        new: list[Digest] = []
+    def blobs_written(self, blobs: Iterable[tuple[Digest, bytes]]) -> Iterator[list[str]]:
+        """Write encoded blobs before the transaction of the block; take the new ones back if it fails.
+
+        Yields the names of the new files. In an encrypted store nothing is written yet, since the key may be
+        made in the transaction only.
+        """
+        new: list[str] = []
         try:
             with translated(self.folder):
-                for name, data in blobs:
+                for name, data in () if self._encryption else blobs:
                     if self.vault.write(name, data):
                         new.append(name)
-            yield
+            yield new
         except BaseException:
             with contextlib.suppress(PersonaError):
                 self.drop_unnamed(new)
             raise
+
+    def keep_blob(
+        self,
+        connection: Connection,
+        owner: str,
+        name: Digest,
+        data: Callable[[Digest], bytes],
+        new: list[str],
+    ) -> None:
+        """Within the transaction that names a blob: see that it is there, and add it to `new` if it was not.
+
+        After `blobs_written` it is not when the store is encrypted, or when another process deleted it.
+        """
+        cipher = ciphers.writing(connection, owner)
+        file_name = cipher.file_name(name)
+        missing = self._encryption is not None or not self.vault.holds(file_name)
+        if missing and self.vault.write(name, data(name), cipher):
+            new.append(file_name)
 
     def drop_unnamed(self, digests: Sequence[Digest]) -> dict[Digest, int]:
         """Delete the blobs that no row names any more; their sizes. Excludes every writer meanwhile."""

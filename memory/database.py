@@ -161,6 +161,7 @@ def scrub(engine: Engine, folder: Path) -> bool:
             backup.unlink(missing_ok=True)
         files.sync(folder)
         with closing(engine.raw_connection()) as raw:
+            assert isinstance(raw.driver_connection, sqlite3.Connection)
             compact(raw.driver_connection, pages=_COMPACT_PAGES, share=_COMPACT_SHARE)
         return checkpoint(folder / "personas.db", timeout=1.0, wipe=True)
     except (sqlite3.Error, OSError):

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, select
@@ -35,6 +35,7 @@ from persona_sdk.memory.schema import (
 from persona_sdk.memory.signing import Signature
 from persona_sdk.tensors import Digest
 
+_PublicKey: TypeAlias = bytes  # the class below has a field called bytes
 _BY_CUBE = (memberships, vectors, sources, states, uses, grants, pending)
 _BY_OWNER = (snapshots, events, keys, group_memberships)
 
@@ -95,7 +96,7 @@ class Receipt:
                 "This is no receipt.", hint="Expected what Receipt.to_json gave."
             ) from error
 
-    def verify_signature(self, public_key: bytes) -> bool:
+    def verify_signature(self, public_key: _PublicKey) -> bool:
         """Whether the store with this Ed25519 public key issued the receipt as it is; needs no store.
 
         Raises:

@@ -8,7 +8,7 @@ and changes nothing. Reads are scoped to one owner, never write, and see one con
 method may be called from any thread; writers wait for each other, also across processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError
-from persona_sdk.memory import archive, database, erasure, revisions, rows
+from persona_sdk.memory import archive, archive_import, database, erasure, revisions, rows, signing
+from persona_sdk.memory.archive_format import ArchiveSummary
 from persona_sdk.memory.cube import CubeDraft, check_vector, clean_text
 from persona_sdk.memory.database import translated
+from persona_sdk.memory.encryption import KeyRing
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.revisions import Revision
@@ -29,14 +31,16 @@ class MemoryStore(StoreReader):
     """An open store. Make one with `MemoryStore.open`; it is a context manager."""
 
     @classmethod
-    def open(cls, path: str | Path, *, busy_timeout: float = 10.0) -> Self:
+    def open(cls, path: str | Path, *, busy_timeout: float = 10.0, encryption: KeyRing | None = None) -> Self:
         """Open the store in a folder, creating both, migrating an older schema, sweeping up after crashes.
 
         Args:
             path: the folder.
             busy_timeout: seconds a write waits for another process's.
+            encryption: the master key of an encrypted store; a new store is encrypted when it is given.
 
         Raises:
+            MasterKeyError: the master key is missing or another one, or the store is not encrypted.
             SchemaError: the schema is newer than this code; nothing was changed.
             StoreError: the folder cannot be used.
         """
@@ -46,6 +50,7 @@ class MemoryStore(StoreReader):
             engine = database.open_database(folder / "personas.db", busy_timeout=busy_timeout)
             try:
                 store = cls(folder, engine, Vault(folder / "blobs"))
+                store.unlock(encryption)
                 store.sweep()
                 erasure.resume(store)
             except BaseException:
@@ -89,14 +94,15 @@ class MemoryStore(StoreReader):
         note = clean_text(message or "", "message")
         drafts = [draft.checked() for draft in add]
         blobs = [None if draft.payload is None else encode(draft.payload) for draft in drafts]
-        with self._lock, self.blobs_written(filter(None, blobs)), self.writing() as connection:
+        encoded = dict(filter(None, blobs))
+        with self._lock, self.blobs_written(encoded.items()) as new, self.writing() as connection:
             number = revisions.advance(connection, owner, kind=kind, parent=parent, message=note)
             revisions.close_cubes(connection, owner, list(dict.fromkeys(retire)), number)
             rows.require_sources(connection, {s for draft in drafts for s in draft.header.sources})
             ids = []
             for draft, blob in zip(drafts, blobs, strict=True):
-                if blob is not None and not self.vault.holds(blob[0]):
-                    self.vault.write(*blob)  # deleted by another process after it was written above
+                if blob is not None:
+                    self.keep_blob(connection, owner, blob[0], encoded.__getitem__, new)
                 ids.append(rows.insert_cube(connection, owner, draft, blob[0] if blob else None, number))
             revisions.open_cubes(connection, owner, ids, number)
             if groups is not None:
@@ -144,11 +150,50 @@ class MemoryStore(StoreReader):
         """
         return erasure.forget_everything(self, owner)
 
-    def export(self, owner: str, path: str | Path) -> Path:
-        """Write a persona with its history to one ``.memcube`` file; see `persona_sdk.memory.archive`."""
-        return archive.export(self, owner, Path(path))
+    def rotate_master_key(self, ring: KeyRing) -> int:
+        """Wrap the key of every persona with another master key; how many there are. No data is touched.
 
-    def import_archive(self, path: str | Path, *, as_id: str | None = None, keep_groups: bool = False) -> str:
+        Other processes that have the store open with the old one must open it again.
+
+        Raises:
+            InvalidInputError: the store is not encrypted.
+            MasterKeyError: the new master key is unusable; the old one is still in use.
+        """
+        if self._encryption is None:
+            raise InvalidInputError("The store is not encrypted.", hint="It has no key to change.")
+        with self._lock:
+            with self.writing() as connection:
+                count = self._encryption.rotate(connection, ring)
+            self._encryption.adopt(ring)
+        self.scrub()  # a copy of what the old master key opens must not stay in the folder
+        return count
+
+    def export(self, owner: str, path: str | Path, *, passphrase: str | None = None) -> Path:
+        """Write a persona with its history to one signed ``.memcube`` file (`persona_sdk.memory.archive`).
+
+        Its content is clear, also when the store is encrypted, unless a passphrase is given.
+        """
+        return archive.export(self, owner, Path(path), passphrase=passphrase)
+
+    def inspect_archive(
+        self, path: str | Path, *, trusted_keys: Collection[bytes] = (), passphrase: str | None = None
+    ) -> ArchiveSummary:
+        """Check a ``.memcube`` file as `import_archive` does, and say what it is and who signed it.
+
+        Raises:
+            ArchiveError: it is damaged or unsafe, its signature is wrong, or so is the passphrase.
+        """
+        return archive_import.inspect(self, Path(path), trusted_keys=trusted_keys, passphrase=passphrase)
+
+    def import_archive(
+        self,
+        path: str | Path,
+        *,
+        as_id: str | None = None,
+        keep_groups: bool = False,
+        trusted_keys: Collection[bytes] = (),
+        passphrase: str | None = None,
+    ) -> str:
         """Take in a ``.memcube`` file as a new persona and return its id.
 
         Args:
@@ -156,8 +201,26 @@ class MemoryStore(StoreReader):
             as_id: the id to give it; None keeps the archive's.
             keep_groups: also take over its group memberships. A group of this store may share no more than
                 its name with the archive's, and members read what a group remembers, so only on request.
+            trusted_keys: Ed25519 public keys (`public_key`) of stores whose archives are believed as this
+                store's own are; what others sign is taken in with less trust.
+            passphrase: that of the archive, if it has one.
 
         Raises:
-            ArchiveError: it is damaged or unsafe, or the persona exists; nothing was written.
+            ArchiveError: it is damaged or unsafe, its signature or the passphrase is wrong, or the persona
+                exists; nothing was written.
         """
-        return archive.import_archive(self, Path(path), as_id=as_id, keep_groups=keep_groups)
+        return archive_import.import_archive(
+            self,
+            Path(path),
+            as_id=as_id,
+            keep_groups=keep_groups,
+            trusted_keys=trusted_keys,
+            passphrase=passphrase,
+        )
+
+    def public_key(self) -> bytes | None:
+        """The Ed25519 key with which others check this store's receipts and archives.
+
+        None without the extra ``[crypto]``: then only this store can check them.
+        """
+        return signing.public_key(self.folder)

@@ -159,8 +159,11 @@ def read(path: Path) -> Members:
 
 
 def pack(path: Path, members: Members, *, sign: bool = True, compress: bool = False) -> Path:
-    """Write members as an archive, with a manifest that matches them unless `sign` is False."""
-    members = dict(members)
+    """Write members as an unsigned archive, with a manifest that matches them unless `sign` is False.
+
+    Unsigned, or every attack would be refused for its signature alone.
+    """
+    members = {name: data for name, data in members.items() if name != "signature.json"}
     if sign:
         manifest = json.loads(members["manifest.json"])
         manifest["members"] = {
@@ -210,6 +213,27 @@ def other_tensors(members: Members) -> None:
     members[blob_of(members)] = save({"m.A": torch.zeros(3)})
 
 
+def state(**changes: object) -> Callable[[Members], None]:
+    """Give a cube of the archive a state of life, wrong in one way."""
+    found = {"before": "generated", "state": "activated", "since": "2026-01-01T00:00:00Z", "reason": ""}
+    return edit("cubes.jsonl", lambda lines: lines[1].update(state=found | changes))
+
+
+def use(**changes: object) -> Callable[[Members], None]:
+    found = {"hits": 1, "strength": 1.0, "last_used": "2026-01-01T00:00:00Z"}
+    return edit("cubes.jsonl", lambda lines: lines[1].update(use=found | changes))
+
+
+def snapshot(*names: str, revision: int = 1) -> Callable[[Members], None]:
+    line = {"revision": revision, "at": "2026-01-01T00:00:00Z"}
+    return put("snapshots.jsonl", b"\n".join(json.dumps(line | {"name": name}).encode() for name in names))
+
+
+def format_1_with_snapshots(members: Members) -> None:
+    snapshot("monday")(members)
+    manifest(format=1)(members)
+
+
 def no_cubes(lines: list[dict[str, Any]]) -> None:
     del lines[2:]
 
@@ -231,7 +255,7 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
             created_at="9999-12-31T23:59:59-05:00"
         ),
     ),
-    "unknown format": manifest(format=2),
+    "unknown format": manifest(format=3),
     "unknown key": manifest(run="now"),
     "bad owner": manifest(owner="../x"),
     "bad kind": manifest(kind="admin"),
@@ -267,6 +291,16 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
     "leaves a group it is not in": edit("revisions.jsonl", lambda lines: lines[0].update(left=["zz"])),
     "the forgotten lives": edit("revisions.jsonl", lambda lines: lines[4].update(retired=[])),
     "no revision": put("revisions.jsonl", b""),
+    "a state nothing leads to": state(before="merged", state="generated"),
+    "an unknown state": state(state="deleted"),
+    "a state with SQL in it": state(state="x'; DROP TABLE cubes; --"),
+    "a use that never ends": use(strength=float("inf")),
+    "less than no use": use(hits=-1),
+    "a snapshot twice": snapshot("monday", "monday"),
+    "a snapshot of the future": snapshot("monday", revision=6),
+    "a snapshot without a name": snapshot(""),
+    "a tombstone that speaks": edit("cubes.jsonl", lambda lines: lines[0].update(reason="said: hi")),
+    "format 1 with snapshots": format_1_with_snapshots,
 }
 
 
