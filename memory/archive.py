@@ -19,9 +19,8 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
-from io import BytesIO
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors.torch import save
@@ -88,7 +87,7 @@ def export(store: StoreReader, owner: str, path: Path, *, passphrase: str | None
     return path
 
 
-def _write(store: StoreReader, owner: str, file: BinaryIO) -> None:
+def _write(store: StoreReader, owner: str, file: BufferedIOBase) -> None:
     with store.reading() as connection:
         manifest, members, blobs = _collect(connection, owner)
     with zipfile.ZipFile(file, "w") as archive:

@@ -28,9 +28,8 @@ from persona_sdk.memory.checkpoint import checkpoint, compact, keep_clean
 MIGRATIONS = Path(__file__).parent / "migrations"
 BACKUP_GLOB = "personas.db.before-*.bak"
 
-# auto_vacuum takes effect in a new file only. Checkpoints are made by `persona_sdk.memory.checkpoint`.
+# Checkpoints are made by `persona_sdk.memory.checkpoint`.
 _PRAGMAS = (
-    "auto_vacuum=INCREMENTAL",
     "foreign_keys=ON",
     "secure_delete=ON",
     "synchronous=FULL",
@@ -74,6 +73,9 @@ def _engine(file: Path, busy_timeout: float) -> Engine:
         cursor = connection.cursor()
         for pragma in _PRAGMAS:
             cursor.execute(f"PRAGMA {pragma}")
+        # Only a new file can be made to give back single pages; in another one this would be a write.
+        if cursor.execute("PRAGMA page_count").fetchone()[0] == 0:
+            cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")
         cursor.close()
 
     @event.listens_for(engine, "begin")
