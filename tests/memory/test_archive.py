@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
+from sqlalchemy import insert, select
 
 from persona_sdk.errors import ArchiveError, InvalidInputError, NotFoundError, StoreError
 from persona_sdk.memory import CubeDraft, MemoryStore, Source
+from persona_sdk.memory.schema import grants, snapshots, states, uses
 from persona_sdk.testing import HashEmbedder
 
 Members = dict[str, bytes]
@@ -429,3 +431,98 @@ def test_an_archive_joins_no_group_unless_asked(tmp_path: Path) -> None:
         other.import_archive(archive)
         assert other.groups("mallory") == ()
         assert other.groups("mallory", revision=1) == ()
+
+
+def test_states_uses_and_snapshots_come_along(store: MemoryStore, tmp_path: Path) -> None:
+    now = "2026-01-02T03:04:05.000000+00:00"
+    first, *others = (cube.id for cube in store.cubes("alice"))
+    life = {"owner": "alice", "since": now, "reason": "hold", "legal_basis": "court order 7"}
+    use_row = {"owner": "alice", "cube_id": first, "hits": 3, "strength": 1.5, "last_used": now}
+    with store.writing() as connection:
+        frozen = {"cube_id": first, "before": "activated", "state": "frozen"}
+        archived = {"cube_id": others[0], "before": "generated", "state": "archived"}
+        connection.execute(insert(states), [life | frozen, life | archived])
+        connection.execute(insert(uses).values(**use_row))
+        connection.execute(insert(snapshots).values(owner="alice", name="monday", revision=2, at=now))
+        grant = {
+            "owner": "alice",
+            "cube_id": first,
+            "principal": "user:zqgrantee",
+            "right": "read",
+            "at": now,
+        }
+        connection.execute(insert(grants).values(**grant))
+    path = store.export("alice", tmp_path / "x.memcube")
+    assert b"zqgrantee" not in b"".join(read(path).values()), "grants name others"
+
+    def lives(owner: str) -> list[tuple[object, ...]]:
+        with store.reading() as connection:
+            columns = (states.c.before, states.c.state, states.c.reason, states.c.legal_basis)
+            found = connection.execute(select(*columns).where(states.c.owner == owner).order_by("state"))
+            return [tuple(row) for row in found]
+
+    store.import_archive(path, as_id="trusted")
+    assert lives("trusted") == lives("alice")
+    with store.reading() as connection:
+        for table, expected in (
+            (uses, ("hits", "strength", "last_used")),
+            (snapshots, ("name", "revision", "at")),
+        ):
+            rows = [
+                [tuple(getattr(row, name) for name in expected)]
+                for owner in ("alice", "trusted")
+                for row in connection.execute(select(table).where(table.c.owner == owner))
+            ]
+            assert len(rows) == 2
+            assert rows[0] == rows[1]
+    unsigned = pack(tmp_path / "unsigned.memcube", read(path))
+    store.import_archive(unsigned, as_id="unsigned")
+    assert lives("unsigned") == [
+        ("generated", "activated", "hold", None),
+        ("generated", "archived", "hold", "court order 7"),
+    ], "who is not trusted cannot forbid to forget"
+
+
+def test_an_archive_of_format_1_still_comes_in(archive: Path, tmp_path: Path) -> None:
+    members = read(archive)
+    for name in ("cubes.jsonl",):
+        lines = [json.loads(line) for line in members[name].splitlines()]
+        for line in lines:
+            for key in ("state", "use", "reason"):
+                line.pop(key, None)
+        members[name] = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    manifest(format=1)(members)
+    with MemoryStore.open(tmp_path / "other") as other:
+        path = pack(tmp_path / "old.memcube", members)
+        assert other.inspect_archive(path).format == 1
+        assert other.import_archive(path, keep_groups=True) == "alice"
+        assert other.head("alice") == 5
+        assert len(other.history("alice")[3].added) == 1
+
+
+def test_text_that_swells_like_a_bomb_is_refused_but_never_written_so(
+    victim: MemoryStore, archive: Path, tmp_path: Path
+) -> None:
+    path, members = tmp_path / "x.memcube", read(archive)
+    members["cubes.jsonl"] += b"\n" * (4 << 20)
+    pack(path, members)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "bomb.memcube", "w") as target:
+        for name in source.namelist():
+            kind = zipfile.ZIP_DEFLATED if name == "cubes.jsonl" else zipfile.ZIP_STORED
+            target.writestr(name, source.read(name), compress_type=kind)
+    assert_refused(victim, tmp_path / "bomb.memcube")
+    with MemoryStore.open(tmp_path / "other") as other:
+        other.commit("alice", add=[CubeDraft.of("a" * (3 << 20))])  # shrinks to a thousandth
+        swollen = other.export("alice", tmp_path / "swollen.memcube")
+        assert other.import_archive(swollen, as_id="again") == "again"
+
+
+def test_parents_follow_their_cubes(store: MemoryStore, tmp_path: Path) -> None:
+    (old,) = store.commit("carol", add=[CubeDraft.of("lives in Paris")]).added
+    store.commit("carol", add=[CubeDraft.of("lives in Lyon", parents=(old,))], retire=[old])
+    path = store.export("carol", tmp_path / "carol.memcube")
+    store.import_archive(path, as_id="copy")
+    earlier, later = store.all_cubes("copy")
+    assert later.header.parents == (earlier.id,) != (old,)
+    assert set(store.forget("copy", [later.id]).cube_ids) == {earlier.id, later.id}
+    assert len(store.all_cubes("carol")) == 2
