@@ -165,6 +165,23 @@ def test_the_next_open_finishes_what_was_killed(folder: Path, note: Maker, step:
         assert dirty_gaps(folder / "personas.db") == []
 
 
+def test_another_process_goes_on_after_a_kill(folder: Path) -> None:
+    """Its next commit begins a new WAL over the old one, so only the note tells what was not cleaned."""
+    with MemoryStore.open(folder) as store:
+        dice = random.Random(0)
+        for n in range(60):  # rows of both lie in the same pages
+            for owner in ("alice", "bob"):
+                text = f"zq{owner}{n}canary " * dice.choice((3, 20, 60))
+                store.commit(owner, add=[CubeDraft.of(text) for _ in range(dice.randrange(1, 6))])
+        command = [sys.executable, str(SCRIPT), str(folder), "before pages are cleaned"]
+        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+        assert dirty_gaps(folder / "personas.db"), "there must be something to clean"
+        store.commit("bob", add=[CubeDraft.of("overwrites the old log " * 200_000)])
+        assert store.scrub()
+        assert left_in(folder, ["zqalice"]) == []
+        assert dirty_gaps(folder / "personas.db") == []
+
+
 def test_what_another_connection_has_cached_does_not_come_back(folder: Path) -> None:
     with MemoryStore.open(folder) as one, MemoryStore.open(folder) as two:
         texts = [f"zqcached{n}canary " * 20 for n in range(200)]
@@ -253,7 +270,7 @@ def test_closing_one_store_keeps_the_locks_of_another_one(folder: Path) -> None:
 
 def test_a_program_that_never_closes_its_store_leaves_nothing_unclean(folder: Path) -> None:
     program = """if True:
-        import random, sys
+        import gc, random, sys
         from persona_sdk.memory import CubeDraft, MemoryStore
         store = MemoryStore.open(sys.argv[1])
         added = store.commit("alice", add=[CubeDraft.of(f"zq{n}canary " * 20) for n in range(300)]).added
@@ -262,8 +279,11 @@ def test_a_program_that_never_closes_its_store_leaves_nothing_unclean(folder: Pa
                 for table in ("memberships", "cubes"):
                     column = "id" if table == "cubes" else "cube_id"
                     connection.exec_driver_sql(f"DELETE FROM {table} WHERE {column} = ?", (name,))
+        del connection, store
+        gc.collect()  # closes the connections, and with the last one SQLite makes a checkpoint of its own
     """
     subprocess.run([sys.executable, "-c", program, str(folder)], check=True)
+    assert dirty_gaps(folder / "personas.db") == []
     with MemoryStore.open(folder) as store:
         assert store.forget_everything("alice").scrubbed
         assert left_in(folder, ["canary"]) == []
