@@ -82,6 +82,10 @@ def standing(connection: Connection, principal: Principal, owner: str) -> Standi
     """What `principal` is to `owner` at this moment; nothing at all when there is no such persona."""
     if principal.kind == "system":
         return Standing(everything=True)
+    try:
+        validate_id(owner)
+    except InvalidInputError:
+        return Standing()  # PostgreSQL refuses to be asked for some of these, instead of finding nobody
     kind = connection.execute(select(personas.c.kind).where(personas.c.owner == owner)).scalar()
     if principal.id == owner and principal.kind in ("user", "group") and kind in (None, principal.kind):
         return Standing(everything=True)

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, bindparam, select
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError
+from persona_sdk.memory import cipher as ciphers
 from persona_sdk.memory import governance, lexical, ranking
 from persona_sdk.memory.cube import CubeHeader, TextEncoder, utc_now
 from persona_sdk.memory.dates import parse
@@ -203,9 +204,11 @@ def _passages(connection: Connection, candidates: Sequence[_Candidate]) -> list[
         for start in range(0, len(names), CHUNK)
         for row in connection.execute(_TEXTS, {"of": owner, "ids": names[start : start + CHUNK]})
     }
+    sealed_by = {owner: ciphers.reading(connection, owner) for owner in by_owner}
     passages = []
     for owner, name, score, why in candidates:
         if (row := rows.get((owner, name))) is not None:
-            header = CubeHeader.model_validate_json(row.header)
-            passages.append(Passage(name, owner, row.text, score, header.created_at, header, why=why))
+            header, _ = sealed_by[owner].open_header(name, row.header, None)
+            parsed, text = CubeHeader.model_validate_json(header), sealed_by[owner].open_text(name, row.text)
+            passages.append(Passage(name, owner, text, score, parsed.created_at, parsed, why=why))
     return passages
