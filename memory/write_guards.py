@@ -126,7 +126,7 @@ class DenyList:
 
 
 class Quarantine(DenyList):
-    """Lets through what matches, but as untrusted as the web, and with the tag `QUARANTINE`, so in no prompt."""
+    """Lets through what matches, but as untrusted as the web, and tagged `QUARANTINE`, so in no prompt."""
 
     def __call__(self, write: Write) -> CubeDraft:
         """Mark what matches."""

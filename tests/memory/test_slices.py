@@ -117,8 +117,7 @@ def test_a_warm_slice_is_one_statement_and_a_write_reads_only_what_is_new(
         if statement.startswith("SELECT"):
             statements.append(statement)
 
-    assert store._database is not None
-    event.listen(store._database.engine, "before_cursor_execute", note_statement)
+    event.listen(store._open_database().engine, "before_cursor_execute", note_statement)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Slice, "of", classmethod(counting))
         take(cache, store, "alice", embedder.fingerprint)
