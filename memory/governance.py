@@ -191,5 +191,7 @@ def shared_with(connection: Connection, principal: Principal) -> dict[str, list[
 def readable(connection: Connection, principal: Principal, owner: str) -> list[MemCube]:
     """The live cubes of an owner that a principal may read, oldest first."""
     rights = standing(connection, principal, owner)
+    if rights == Standing():
+        return []
     live = rows.read_cubes(connection, owner, revision=revisions.head(connection, owner))
     return [cube for cube in live if rights.may("read", cube, live=True)]

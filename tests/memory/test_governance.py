@@ -36,7 +36,8 @@ SERVICE = Principal("indexer", "service")
 # Of the store itself, not of a persona in it: whoever holds the store has them, no principal does.
 MAINTENANCE = {
     "announce", "announce_derived", "blobs_written", "close", "drop_unnamed", "keep_blob",
-    "on_derived_erased", "on_forget", "open", "reading", "rotate_master_key", "scrub", "sweep", "unlock", "writing",
+    "on_derived_erased", "on_forget", "open", "reading", "rotate_master_key", "scrub", "sweep", "unlock",
+    "writing",
 }  # fmt: skip
 
 
