@@ -13,9 +13,9 @@ from persona_sdk.embedders import Embedder, load_embedder
 from persona_sdk.memory import MemoryStore, Passage, RetrievalOptions, Retriever, VectorIndex, uses
 from persona_sdk.memory.cube import PersonaKind, utc_now
 from persona_sdk.memory.expiry import expire
+from persona_sdk.memory.reports import FlushReport, Observed
 from persona_sdk.memory.turns import Messages
 from persona_sdk.memory.writer import MemoryWriter
-from persona_sdk.memory.written import FlushReport, Observed
 
 
 class MemorySystem:
