@@ -26,8 +26,8 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Float32, Float64, Int
 
+from persona_sdk.memory.calendar_spans import MONTHS
 from persona_sdk.memory.cube import TRUST_ORDER
-from persona_sdk.memory.dates import MONTHS
 from persona_sdk.memory.lexical import Counts, Postings
 
 APPROXIMATE_ABOVE = 20_000  # rows; below, comparing all takes less than 3 ms
