@@ -1,8 +1,9 @@
 """Reads a ``.memcube`` file that may be damaged or hostile; nothing it says is believed unchecked.
 
 Refused: members that are unknown, doubled, renamed, encrypted, links, compressed where they should be
-stored, larger than declared or allowed; hashes and sizes that differ from the manifest; records that do
-not parse; a history that cannot be replayed; blobs, vectors and cubes that do not refer to each other.
+stored, or more than text is; larger than declared or allowed; hashes and sizes that differ from the manifest;
+a signature that is wrong; records that do not parse; a history that cannot be replayed; blobs, vectors,
+snapshots and cubes that do not refer to each other.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,19 +30,25 @@ from persona_sdk.memory.archive_format import (
     CUBES,
     MANIFEST,
     REVISIONS,
+    SIGNATURE,
+    SNAPSHOTS,
     VECTORS,
     BuriedRecord,
     CubeRecord,
     Manifest,
     RevisionRecord,
+    SnapshotRecord,
     Span,
 )
+from persona_sdk.memory.archive_passphrase import is_sealed, unseal
 from persona_sdk.memory.cube import CubeDraft, check_vector
+from persona_sdk.memory.signing import Signature
 from persona_sdk.memory.vault import SUFFIX, decode, encode, parse
 from persona_sdk.tensors import Digest
 
 MAX_JSON = 256 << 20
 MAX_TOTAL = 16 << 30
+MAX_RATIO, MIN_BOMB = 200, 1 << 20  # text does not shrink more than this, unless it is short
 
 _BLOB_MEMBER = re.compile(rf"{BLOBS}[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 _DAMAGE = (
@@ -64,8 +72,11 @@ class Contents:
     cubes: list[CubeRecord]
     buried: dict[str, BuriedRecord]
     revisions: list[RevisionRecord]
+    snapshots: list[SnapshotRecord]
     vectors: dict[str, Tensor]
     archive: zipfile.ZipFile
+    signed: bytes  # the manifest as it is in the file
+    signature: Signature | None
     spans: list[Span] = field(default_factory=list)
     group_spans: list[Span] = field(default_factory=list)
 
@@ -107,17 +118,19 @@ def damaged() -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Contents]:
-    """Open and check an archive.
+def opened(path: Path, passphrase: str | None = None) -> Iterator[Contents]:
+    """Open and check an archive; whose signature it has is the caller's to find out.
 
     Raises:
-        ArchiveError: it is damaged or unsafe.
+        ArchiveError: it is damaged or unsafe, or under another passphrase.
     """
     with damaged():
-        archive = zipfile.ZipFile(path)
+        plain = BytesIO(unseal(path, passphrase)) if is_sealed(path) else None
+        size = path.stat().st_size if plain is None else len(plain.getbuffer())
+        archive = zipfile.ZipFile(path if plain is None else plain)
     with archive:
         with damaged():
-            contents = _checked(archive, path.stat().st_size)
+            contents = _checked(archive, size)
         yield contents
 
 
@@ -129,9 +142,13 @@ def _checked(archive: zipfile.ZipFile, size: int) -> Contents:
     for info in infos.values():
         _check_member(info)
     refuse(MANIFEST not in infos, "The archive has no manifest")
-    manifest = Manifest.model_validate_json(_read(archive, MANIFEST))
+    signed = _read(archive, MANIFEST)
+    manifest = Manifest.model_validate_json(signed)
     validate_id(manifest.owner)
-    refuse(set(manifest.members) != set(infos) - {MANIFEST}, "Manifest and members of the archive differ")
+    listed = set(infos) - {MANIFEST, SIGNATURE}
+    refuse(set(manifest.members) != listed, "Manifest and members of the archive differ")
+    newer = manifest.format == 1 and bool({SIGNATURE, SNAPSHOTS} & set(infos))
+    refuse(newer, "An archive of format 1 has members of format 2")
     for name, member in manifest.members.items():
         refuse(
             _measure(archive, name) != (member.sha256, member.bytes),
@@ -144,8 +161,13 @@ def _checked(archive: zipfile.ZipFile, size: int) -> Contents:
         cubes=_records(CubeRecord, lines[len(buried) :]),
         buried={record.id: record for record in buried},
         revisions=_records(RevisionRecord, _read(archive, REVISIONS).split(b"\n")),
+        snapshots=_records(SnapshotRecord, _read(archive, SNAPSHOTS).split(b"\n"))
+        if SNAPSHOTS in infos
+        else [],
         vectors=dict(parse(archive.read(VECTORS))) if VECTORS in infos else {},
         archive=archive,
+        signed=signed,
+        signature=Signature.model_validate_json(_read(archive, SIGNATURE)) if SIGNATURE in infos else None,
     )
     found = {"cubes": len(contents.cubes), "forgotten": len(buried), "revisions": len(contents.revisions)}
     refuse(manifest.counts != found, "The archive's counts are wrong")
@@ -157,7 +179,7 @@ def _checked(archive: zipfile.ZipFile, size: int) -> Contents:
 
 def _check_member(info: zipfile.ZipInfo) -> None:
     name = info.orig_filename
-    plain = name in (MANIFEST, CUBES, REVISIONS)
+    plain = name in (MANIFEST, CUBES, REVISIONS, SNAPSHOTS, SIGNATURE)
     known = plain or name == VECTORS or _BLOB_MEMBER.fullmatch(name) is not None
     refuse(not known or name != info.filename, f"The archive holds an unknown member {name!r:.60}")
     refuse(stat.S_ISLNK(info.external_attr >> 16), f"Member {name!r} is a link")
@@ -167,6 +189,8 @@ def _check_member(info: zipfile.ZipInfo) -> None:
     refuse(info.compress_type not in allowed, f"Member {name!r} is compressed in a way that is not allowed")
     refuse(not plain and info.file_size != info.compress_size, f"Member {name!r} is not stored as declared")
     refuse(plain and info.file_size > MAX_JSON, f"Member {name!r} is too large")
+    bomb = info.file_size > MIN_BOMB and info.file_size > MAX_RATIO * info.compress_size
+    refuse(bomb, f"Member {name!r} swells more than text does")
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -203,7 +227,9 @@ def _check_cubes(contents: Contents, members: set[str]) -> None:
             refuse(cube.kind == "plaintext" or cube.text is not None, "A cube has text and tensors")
     blobs = contents.blob_names()
     expected = {MANIFEST, CUBES, REVISIONS, *(f"{BLOBS}{name}{SUFFIX}" for name in blobs)}
-    refuse(members - {VECTORS} != expected, "Cubes and blobs of the archive do not match")
+    refuse(
+        members - {VECTORS, SNAPSHOTS, SIGNATURE} != expected, "Cubes and blobs of the archive do not match"
+    )
     for name in blobs:
         contents.blob(name)
 
@@ -246,6 +272,10 @@ def _replay(contents: Contents) -> None:
         "A cube and its revision do not match",
     )
     refuse(any(name in live or name not in first for name in contents.buried), "A forgotten cube is live")
+    names = [snapshot.name for snapshot in contents.snapshots]
+    refuse(len(set(names)) != len(names), "A snapshot is doubled")
+    beyond = any(snapshot.revision > len(contents.revisions) for snapshot in contents.snapshots)
+    refuse(beyond, "A snapshot names a revision that is not there")
 
 
 def _step(live: dict[str, Span], opened: Iterable[str], closed: Iterable[str], number: int) -> list[Span]:

@@ -10,6 +10,7 @@ The rules are those of `governance`. This class adds what follows from them:
 * Whoever may write a cube of somebody else may archive it, activate it, and commit a new version in its
   place. Grants do not pass on to the new version.
 * Only the system sets a legal basis or releases it, and only the system moves archives under other ids.
+  Which keys of other stores are trusted is decided by whoever holds the store.
 
 The events of a write name the principal. It is a class of its own, not a subclass of `MemoryStore`: a method
 that is added there is missing here until somebody has decided who may call it, and a test asks.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from persona_sdk.errors import FrozenError, InvalidInputError, NotFoundError
 from persona_sdk.memory import archive_reader, events, revisions, snapshots, transitions, uses
+from persona_sdk.memory.archive_format import ArchiveSummary
 from persona_sdk.memory.bound_reader import BoundReader, no_persona
 from persona_sdk.memory.cube import CubeDraft, State
 from persona_sdk.memory.governance import Granted, Principal
@@ -210,17 +212,32 @@ class BoundStore(BoundReader):
         with self._acting():
             return self._store.snapshot(owner, name)
 
-    def export(self, owner: str, path: str | Path) -> Path:
+    def public_key(self) -> bytes | None:
+        """As `MemoryStore.public_key`; for everybody."""
+        return self._store.public_key()
+
+    def export(self, owner: str, path: str | Path, *, passphrase: str | None = None) -> Path:
         """As `MemoryStore.export`; for the owner only. Whose file the path is, the caller has to know."""
         self._require_own(owner)
-        return self._store.export(owner, path)
+        return self._store.export(owner, path, passphrase=passphrase)
 
-    def import_archive(self, path: str | Path, *, as_id: str | None = None, keep_groups: bool = False) -> str:
+    def inspect_archive(self, path: str | Path, *, passphrase: str | None = None) -> ArchiveSummary:
+        """As `MemoryStore.inspect_archive`; for everybody. Whose file the path is, the caller has to know."""
+        return self._store.inspect_archive(path, passphrase=passphrase)
+
+    def import_archive(
+        self,
+        path: str | Path,
+        *,
+        as_id: str | None = None,
+        keep_groups: bool = False,
+        passphrase: str | None = None,
+    ) -> str:
         """As `MemoryStore.import_archive`; all but the system only as themselves, and without groups."""
         if self.principal.kind != "system":
             if as_id not in (None, self.principal.id) or not self._owns(self.principal.id):
                 raise no_persona(as_id or self.principal.id)
-            with archive_reader.opened(Path(path)) as contents:
+            with archive_reader.opened(Path(path), passphrase) as contents:
                 kind, joined = contents.manifest.kind, {span.name for span in contents.group_spans}
             if kind != self.principal.kind:
                 raise InvalidInputError(
@@ -230,4 +247,6 @@ class BoundStore(BoundReader):
                 self._refuse_joining(joined)
             as_id = self.principal.id
         with self._acting():
-            return self._store.import_archive(path, as_id=as_id, keep_groups=keep_groups)
+            return self._store.import_archive(
+                path, as_id=as_id, keep_groups=keep_groups, passphrase=passphrase
+            )

@@ -6,7 +6,6 @@ there is no such persona, so that *forbidden* and *missing* cannot be told apart
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxtyping import Float32
 from torch import Tensor
@@ -17,8 +16,10 @@ from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.cube import MemCube, PersonaKind
 from persona_sdk.memory.events import Event, Head
 from persona_sdk.memory.governance import Principal, Right
+from persona_sdk.memory.passage import Passage
+from persona_sdk.memory.retrieval import Retriever
 from persona_sdk.memory.revisions import PersonaRecord, Revision
-from persona_sdk.memory.snapshots import MemoryView, Recaller, Snapshot, When
+from persona_sdk.memory.snapshots import MemoryView, Snapshot, When
 from persona_sdk.memory.store import MemoryStore
 from persona_sdk.memory.uses import Use
 from persona_sdk.tensors import Digest, TensorBundle
@@ -165,8 +166,8 @@ class BoundReader:
         return self._store.missing_vectors(owner, encoder)
 
     def recall(
-        self, retriever: Recaller, query: str, k: int = 5, owners: Sequence[str] | None = None
-    ) -> list[Any]:
+        self, retriever: Retriever, query: str, k: int = 5, owners: Sequence[str] | None = None
+    ) -> list[Passage]:
         """The best passages that may be read, with a retriever of the same store.
 
         Args:
@@ -175,22 +176,7 @@ class BoundReader:
             k: how many at most.
             owners: where; None takes the principal's own memory, its groups and what was granted to it.
         """
-        allowed: dict[str, set[str] | None] = {}  # None: all of it
-        hidden = 0
-        for owner in self._all_owners() if owners is None else dict.fromkeys(owners):
-            if self._owns(owner):
-                allowed[owner] = None
-            elif found := self._readable_or_none(owner):
-                allowed[owner] = {cube.id for cube in found}
-                hidden += len(self._store.cubes(owner)) - len(found)
-        passages = retriever.recall(list(allowed), query, k + hidden)
-        return [p for p in passages if p.owner in allowed and _within(p.id, allowed[p.owner])][:k]
-
-    def _all_owners(self) -> list[str]:
-        with self._store.reading() as connection:
-            names = governance.names_of(connection, self.principal)
-        own = [name.partition(":")[2] for name in names if name.startswith(("user:", "group:"))]
-        return list(dict.fromkeys([*own, *self.shared()]))
+        return retriever.recall(owners, query, k, principal=self.principal)
 
     def shared(self) -> dict[str, list[MemCube]]:
         """The cubes that others granted to the principal, or to a group of it, by owner."""
@@ -237,7 +223,3 @@ def no_persona(owner: str) -> NotFoundError:
 def no_cube(owner: str, cube_id: str) -> NotFoundError:
     """The one answer to whoever may not know whether there is such a cube."""
     return NotFoundError(f"No cube {cube_id!r:.60} belongs to {owner!r}.", hint="It may have been forgotten.")
-
-
-def _within(cube_id: str, allowed: set[str] | None) -> bool:
-    return allowed is None or cube_id in allowed

@@ -1,4 +1,4 @@
-"""What every way of adding cubes does inside its transaction, once blobs are on disk."""
+"""What every way of adding cubes does inside its transaction."""
 
 from collections.abc import Sequence
 
@@ -19,8 +19,11 @@ def add_cubes(
     drafts: Sequence[CubeDraft],
     blobs: Sequence[Encoded | None],
     number: int,
+    new: list[str],
 ) -> list[str]:
     """Write drafts as cubes that are live from revision `number` on; their ids, in the order of the drafts.
+
+    Blobs that are not there yet are written too, and their files added to `new` (`StoreCore.blobs_written`).
 
     Raises:
         NotFoundError: a source is gone.
@@ -28,8 +31,8 @@ def add_cubes(
     rows.require_sources(connection, {source for draft in drafts for source in draft.header.sources})
     ids = []
     for draft, blob in zip(drafts, blobs, strict=True):
-        if blob is not None and not store.vault.holds(blob[0]):
-            store.vault.write(*blob)  # deleted by another process after it was written before
+        if blob is not None:
+            store.keep_blob(connection, owner, *blob, new)
         ids.append(rows.insert_cube(connection, owner, draft, blob[0] if blob else None, number))
     revisions.open_cubes(connection, owner, ids, number)
     return ids

@@ -16,7 +16,11 @@ from typing import Self
 from sqlalchemy import Connection, select
 
 from persona_sdk.errors import PersonaError, StoreError
+from persona_sdk.memory import cipher as ciphers
+from persona_sdk.memory import encryption
 from persona_sdk.memory.database import Database, translated
+from persona_sdk.memory.derived import Derived
+from persona_sdk.memory.encryption import Encryption, KeyRing
 from persona_sdk.memory.rows import chunks
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.vault import Vault
@@ -33,14 +37,16 @@ class StoreCore:
         self.vault = vault
         self._database: Database | None = database
         self._process = os.getpid()
+        self._encryption: Encryption | None = None
         self._forget_listeners: list[Callable[[str], None]] = []
+        self._derived_listeners: list[Callable[[Sequence[Derived]], None]] = []
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A read transaction. For modules of this package: whoever uses it names the owner in every query."""
         self._require_process()
         with translated(self.folder), self._open_database().reading() as connection:
-            yield connection
+            yield ciphers.use(connection, self._encryption)
 
     @contextmanager
     def writing(self, owner: str | None = None) -> Iterator[Connection]:
@@ -51,7 +57,18 @@ class StoreCore:
         """
         self._require_process()
         with translated(self.folder), self._open_database().writing(owner) as connection:
-            yield connection
+            yield ciphers.use(connection, self._encryption)
+
+    def unlock(self, ring: KeyRing | None) -> None:
+        """Check the master key, and use it from now on; for a store that is being opened.
+
+        Raises:
+            MasterKeyError: it is missing, another one, or the store is not encrypted.
+        """
+        with self.reading() if ring is None else self.writing() as connection:
+            self._encryption = encryption.unlock(connection, ring)
+        if self._encryption is not None:
+            self.on_forget(self._encryption.drop)
 
     def _require_process(self) -> None:
         # Connections do not survive a fork: SQLite's parent would delete the log the child writes to, and
@@ -81,21 +98,44 @@ class StoreCore:
         self.close()
 
     @contextmanager
-    def blobs_written(self, blobs: Iterable[tuple[Digest, bytes]]) -> Iterator[None]:
-        """Write encoded blobs before the transaction of the block; take the new ones back if it fails."""
-        new: list[Digest] = []
-        encoded = list(blobs)
+    def blobs_written(self, blobs: Iterable[tuple[Digest, bytes]]) -> Iterator[list[str]]:
+        """Write encoded blobs before the transaction of the block; take the new ones back if it fails.
+
+        Yields the names of the new files. In an encrypted store nothing is written yet, since the key may be
+        made in the transaction only.
+        """
+        new: list[str] = []
+        encoded = [] if self._encryption else list(blobs)
         try:
             with translated(self.folder), self.vault.settling([name for name, _ in encoded]) as written:
                 for name, data in encoded:
                     if self.vault.write(name, data):
                         new.append(name)
                 written()
-                yield
+                yield new
         except BaseException:
             with contextlib.suppress(PersonaError):
                 self.drop_unnamed(new)
             raise
+
+    def keep_blob(
+        self,
+        connection: Connection,
+        owner: str,
+        name: Digest,
+        data: bytes | Callable[[], bytes],
+        new: list[str],
+    ) -> None:
+        """Within the transaction that names a blob: see that it is there, and add it to `new` if it was not.
+
+        After `blobs_written` it is not when the store is encrypted, or when another process deleted it.
+        """
+        cipher = ciphers.writing(connection, owner)
+        file_name = cipher.file_name(name)
+        if self._encryption is None and self.vault.holds(file_name):
+            return
+        if self.vault.write(name, data() if callable(data) else data, cipher):
+            new.append(file_name)
 
     def drop_unnamed(self, digests: Sequence[Digest]) -> dict[Digest, int]:
         """Delete the blobs that no row names any more; their sizes. Excludes every writer meanwhile."""
@@ -132,6 +172,22 @@ class StoreCore:
     def on_forget(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with the owner whenever cubes of it were erased."""
         self._forget_listeners.append(listener)
+
+    def on_derived_erased(self, listener: Callable[[Sequence[Derived]], None]) -> None:
+        """Call `listener` with what an erasure took because it was derived, once its bytes are gone too.
+
+        It is the place to train weights again from the sources that remain; it runs in the thread that
+        forgot, and is not called when nothing was derived.
+        """
+        self._derived_listeners.append(listener)
+
+    def announce_derived(self, derived: Sequence[Derived]) -> None:
+        """For `erasure`: tell those who asked with `on_derived_erased`."""
+        for listener in self._derived_listeners if derived else ():
+            try:
+                listener(derived)
+            except Exception:  # somebody else's code, as below
+                logger.exception("a listener failed when something derived was erased")
 
     def announce(self, owners: Iterable[str]) -> None:
         """For `erasure`: tell those who asked with `on_forget`."""

@@ -4,25 +4,30 @@ One transaction replaces the rows of the cubes, and of all cubes that name them 
 and whoever owns them, by tombstones (id, time, the revisions it was live in). Messages of revisions that
 added or retired one of them are blanked, since a caller may have put anything there. Each owner concerned
 gets a revision ``forget``. Then blob files that nobody names any more are deleted, copies of the database
-from before a migration too, the database is rewritten without its free space and the WAL is emptied.
+from before a migration too, and what SQLite and its WAL keep of the rows is overwritten. In an encrypted
+store the key of an erased persona is gone too, and with it what backups elsewhere hold of that persona.
 
-A crash after the transaction leaves at most unreferenced bytes. SQLite has overwritten the rows by then
-(``secure_delete``), the next `MemoryStore.open` deletes orphaned blobs, and forgetting anything, or
-`MemoryStore.scrub`, does the rest.
+The transaction leaves a file ``erasing-*.pending``, which goes when all of that is done. After a crash the
+next `MemoryStore.open` finds it and does the rest.
 """
 
 import hashlib
 import json
+import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
+from persona_sdk import files
 from persona_sdk.errors import NotFoundError, StoreError
-from persona_sdk.memory import events, governance, lifecycle, revisions
+from persona_sdk.memory import derived, events, governance, lifecycle, revisions, signing
 from persona_sdk.memory.cube import utc_now
+from persona_sdk.memory.derived import Derived
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.rows import CHUNK, lookup
@@ -49,6 +54,7 @@ from persona_sdk.memory.schema import revisions as revision_rows
 from persona_sdk.tensors import Digest
 
 FORGOTTEN = "(forgotten)"
+PENDING = "erasing-*.pending"
 
 _CubeKey = tuple[str, str]  # owner, cube id
 
@@ -60,6 +66,15 @@ class _Tally:
     rows: int = 0
     vectors: int = 0
     bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Erased:
+    """An erasure whose rows and files are gone, and what is left to do: scrub, sign, tell."""
+
+    receipt: Receipt
+    note: Path
+    told: list[Derived]
 
 
 def forget(store: StoreReader, owner: str, ids: Sequence[str]) -> Receipt:
@@ -75,7 +90,7 @@ def forget(store: StoreReader, owner: str, ids: Sequence[str]) -> Receipt:
             raise NotFoundError("No cube to forget was named.", hint="Nothing was erased.")
         return _with_parents(connection, owner, ids)
 
-    return _erase(store, owner, chosen, everything=False)
+    return _finished(store, [_erase(store, owner, chosen, everything=False)])[0]
 
 
 def forget_everything(store: StoreReader, owner: str) -> Receipt:
@@ -86,16 +101,19 @@ def forget_everything(store: StoreReader, owner: str) -> Receipt:
             raise NotFoundError(f"There is no persona {owner!r}.", hint="Nothing was erased.")
         return list(connection.execute(select(cubes.c.id).where(cubes.c.owner == owner)).scalars())
 
-    return _erase(store, owner, chosen, everything=True)
+    return _finished(store, [_erase(store, owner, chosen, everything=True)])[0]
 
 
-def expire(store: StoreReader, owner: str, chosen: Callable[[Connection], list[str]]) -> Receipt:
-    """For `persona_sdk.memory.expiry`: erase what it chooses in the transaction; scrubbing is left to it."""
+def expire(store: StoreReader, chosen: Mapping[str, Callable[[Connection], list[str]]]) -> list[Receipt]:
+    """For `persona_sdk.memory.expiry`: erase of each owner what is chosen in the owner's transaction."""
 
-    def all_versions(connection: Connection) -> list[str]:
-        return _with_parents(connection, owner, chosen(connection))
+    def erase(owner: str, choose: Callable[[Connection], list[str]]) -> _Erased:
+        def all_versions(connection: Connection) -> list[str]:
+            return _with_parents(connection, owner, choose(connection))
 
-    return _erase(store, owner, all_versions, everything=False, expired=True)
+        return _erase(store, owner, all_versions, everything=False, expired=True)
+
+    return _finished(store, [erase(owner, choose) for owner, choose in chosen.items()])
 
 
 def reach(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, list[str]]:
@@ -111,12 +129,14 @@ def _erase(
     *,
     everything: bool,
     expired: bool = False,
-) -> Receipt:
+) -> _Erased:
     at, tally = utc_now(), _Tally()
-    with store.writing() as connection:
+    signing.require_key(store.folder)
+    with store.writing() as connection, _pending(store.folder) as note:
         asked = chosen(connection)
         by_owner = _with_derived(connection, [(owner, cube_id) for cube_id in asked])
         lifecycle.require_erasable(connection, by_owner, owner)
+        told = derived.collect(connection, by_owner, {(owner, cube_id) for cube_id in asked})
         blobs = {blob for who, ids in by_owner.items() for blob in _blobs_of(connection, who, ids)}
         store.vault.suspect(blobs)  # or a crash after the transaction would leave them for good
         for who, ids in by_owner.items():
@@ -137,7 +157,7 @@ def _erase(
     except StoreError:  # the rows are gone already, so say what is left instead of losing the receipt
         complete = False
     gone = list(dict.fromkeys([*asked, *(cube_id for ids in by_owner.values() for cube_id in ids)]))
-    return Receipt(
+    receipt = Receipt(
         owner=owner,
         at=at,
         everything=everything,
@@ -147,8 +167,46 @@ def _erase(
         vectors=tally.vectors,
         blobs=tuple(deleted),
         bytes=tally.bytes + sum(deleted.values()),
-        scrubbed=(expired or store.scrub()) and complete,
-    ).sealed()
+        scrubbed=complete,
+        retrainable=derived.retrainable(told),
+    )
+    return _Erased(receipt, note, told)
+
+
+def _finished(store: StoreReader, erased: Sequence[_Erased]) -> list[Receipt]:
+    """Make the bytes go, once for all of them; sign what was done, and tell who listens."""
+    scrubbed, receipts = bool(erased) and store.scrub(), []
+    for one in erased:
+        done = scrubbed and one.receipt.scrubbed
+        if done:
+            one.note.unlink(missing_ok=True)
+        receipts.append(replace(one.receipt, scrubbed=done).signed(store.folder))
+    for one in erased:
+        store.announce_derived(one.told)
+    return receipts
+
+
+@contextmanager
+def _pending(folder: Path) -> Iterator[Path]:
+    """Note, within the transaction, that an erasure is not finished; the note goes with a failed one."""
+    note = folder / PENDING.replace("*", uuid.uuid4().hex)
+    files.write_atomically(note, b"")
+    try:
+        yield note
+    except BaseException:
+        note.unlink(missing_ok=True)
+        raise
+
+
+def resume(store: StoreReader) -> None:
+    """Finish the erasures of processes that were killed, when a store is opened."""
+    if not any(store.folder.glob(PENDING)):
+        return
+    with store.writing():  # whoever is erasing now has noted it in the transaction that we wait for
+        found = list(store.folder.glob(PENDING))
+    if store.scrub():
+        for note in found:
+            note.unlink(missing_ok=True)
 
 
 def _with_parents(connection: Connection, owner: str, ids: Sequence[str]) -> list[str]:
@@ -167,16 +225,22 @@ def _with_derived(connection: Connection, start: Iterable[_CubeKey]) -> dict[str
     found: dict[_CubeKey, None] = dict.fromkeys(start)
     todo = list(found)
     while todo:
-        owner, cube_id = todo.pop()
-        named = (sources.c.source_owner == owner) & (sources.c.source_id == cube_id)
-        for row in connection.execute(select(sources.c.owner, sources.c.cube_id).where(named)):
-            if (key := (row.owner, row.cube_id)) not in found:
-                found[key] = None
-                todo.append(key)
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for owner, cube_id in found:
-        grouped[owner].append(cube_id)
-    return grouped
+        fresh: dict[_CubeKey, None] = {}
+        for owner, ids in _grouped(todo).items():
+            for part in _chunks(ids):
+                named = (sources.c.source_owner == owner) & sources.c.source_id.in_(part)
+                query = select(sources.c.owner, sources.c.cube_id).where(named)
+                fresh |= {(row.owner, row.cube_id): None for row in connection.execute(query)}
+        todo = [key for key in fresh if key not in found]
+        found |= dict.fromkeys(todo)
+    return _grouped(found)
+
+
+def _grouped(keys: Iterable[_CubeKey]) -> dict[str, list[str]]:
+    by_owner: dict[str, list[str]] = defaultdict(list)
+    for owner, cube_id in keys:
+        by_owner[owner].append(cube_id)
+    return by_owner
 
 
 def _chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:

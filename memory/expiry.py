@@ -5,7 +5,6 @@ it, as in forgetting. It is kept for as long as one of these is frozen; recall p
 The clock is an argument, so the same call on the same store does the same.
 """
 
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
@@ -31,9 +30,7 @@ def expire(store: StoreReader, owner: str | None = None, *, now: datetime) -> li
         owners = list(connection.execute(due.order_by("owner")).scalars())
         wanted = owners if owner is None else [name for name in owners if name == owner]
         chosen = [name for name in wanted if _due(connection, name, now)]
-    receipts = [erasure.expire(store, name, partial(_due, owner=name, now=now)) for name in chosen]
-    scrubbed = store.scrub() if receipts else True  # once for all of them: it rewrites the whole file
-    return [replace(receipt, scrubbed=receipt.scrubbed and scrubbed).sealed() for receipt in receipts]
+    return erasure.expire(store, {name: partial(_due, owner=name, now=now) for name in chosen})
 
 
 def _due(connection: Connection, owner: str, now: datetime) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
+from persona_sdk.memory import cipher as ciphers
 from persona_sdk.memory import revisions, rows
 from persona_sdk.memory.cube import Kind, MemCube, Sensitivity, State, Trust
 from persona_sdk.memory.reader import StoreReader
@@ -78,12 +79,13 @@ def facts_of(
         live = rows.read_cubes(connection, owner, revision=revisions.head(connection, owner))
         older = _earlier_versions(connection, owner, live)
         used = {row.cube_id: row for row in connection.execute(select(uses).where(uses.c.owner == owner))}
+        cipher = ciphers.reading(connection, owner)
     by_id = {cube.id: cube for cube in live}
 
     def size(cube: MemCube) -> int:
         if cube.blob is None:
             return len((cube.text or "").encode())
-        file = store.vault.path(cube.blob)
+        file = store.vault.path(cipher.file_name(cube.blob))
         return file.stat().st_size if file.exists() else 0
 
     found = []

@@ -75,10 +75,17 @@ class Standing:
         return right == "write" and (cube.id, "write") in self.granted
 
 
+OWNER = Standing(everything=True)
+
+
 def standing(connection: Connection, principal: Principal, owner: str) -> Standing:
     """What `principal` is to `owner` at this moment; nothing at all when there is no such persona."""
     if principal.kind == "system":
         return Standing(everything=True)
+    try:
+        validate_id(owner)
+    except InvalidInputError:
+        return Standing()  # PostgreSQL refuses to be asked for some of these, instead of finding nobody
     kind = connection.execute(select(personas.c.kind).where(personas.c.owner == owner)).scalar()
     if principal.id == owner and principal.kind in ("user", "group") and kind in (None, principal.kind):
         return Standing(everything=True)
@@ -182,6 +189,14 @@ def shared_with(connection: Connection, principal: Principal) -> dict[str, list[
         if cubes := readable(connection, principal, owner):
             shared[owner] = cubes
     return shared
+
+
+def owners_for(connection: Connection, principal: Principal) -> list[str]:
+    """Whose memory a principal may read something of: its own, its groups', and what was granted to it."""
+    names = names_of(connection, principal)
+    own = [name.partition(":")[2] for name in names if name.startswith(("user:", "group:"))]
+    granted = select(grants.c.owner).where(grants.c.principal.in_(names)).distinct().order_by(grants.c.owner)
+    return list(dict.fromkeys([*own, *connection.execute(granted).scalars()]))
 
 
 def readable(connection: Connection, principal: Principal, owner: str) -> list[MemCube]:

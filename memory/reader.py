@@ -7,7 +7,9 @@ from sqlalchemy import bindparam, func, select
 from torch import Tensor
 
 from persona_sdk.errors import CorruptBlobError, NotFoundError
+from persona_sdk.memory import cipher as ciphers
 from persona_sdk.memory import revisions, rows
+from persona_sdk.memory.cipher import OwnerCipher
 from persona_sdk.memory.core import StoreCore
 from persona_sdk.memory.cube import MemCube, PersonaKind
 from persona_sdk.memory.database import translated
@@ -97,21 +99,24 @@ class StoreReader(StoreCore):
             NotFoundError: no cube of the owner names the blob, whether or not it exists elsewhere.
             CorruptBlobError: the stored bytes are not what was stored.
         """
-        self._require_blob(owner, digest)
+        cipher = self._require_blob(owner, digest)
         try:
             with translated(self.folder):
-                return self.vault.read(digest)
+                return self.vault.read(digest, cipher)
         except CorruptBlobError:
             self._require_blob(owner, digest)  # forgotten while we read it
             raise
 
-    def _require_blob(self, owner: str, digest: Digest) -> None:
-        query = select(cubes.c.seq).where(cubes.c.owner == owner, cubes.c.blob == digest).limit(1)
+    def _require_blob(self, owner: str, digest: Digest) -> OwnerCipher:
         with self.reading() as connection:
+            cipher = ciphers.reading(connection, owner)
+            named = cubes.c.blob == cipher.file_name(digest)
+            query = select(cubes.c.seq).where(cubes.c.owner == owner, named).limit(1)
             if connection.execute(query).first() is None:
                 raise NotFoundError(
                     f"No blob {digest!r:.20} belongs to {owner!r}.", hint="It may have been forgotten."
                 )
+            return cipher
 
     def vectors(
         self, owner: str, encoder: str, *, revision: int | None = None, skip: int = 0

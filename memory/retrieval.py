@@ -21,9 +21,11 @@ from sqlalchemy import Connection, bindparam, select
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError
-from persona_sdk.memory import lexical, ranking
+from persona_sdk.memory import cipher as ciphers
+from persona_sdk.memory import governance, lexical, ranking
 from persona_sdk.memory.cube import CubeHeader, TextEncoder, utc_now
 from persona_sdk.memory.dates import parse
+from persona_sdk.memory.governance import SYSTEM, Principal
 from persona_sdk.memory.index import VectorIndex
 from persona_sdk.memory.passage import Passage, Why
 from persona_sdk.memory.rows import CHUNK
@@ -82,22 +84,25 @@ class Retriever:
 
     def recall(
         self,
-        owners: Sequence[str],
+        owners: Sequence[str] | None,
         query: str,
         k: int = 5,
         revisions: Mapping[str, int] | None = None,
         *,
         options: RetrievalOptions | None = None,
+        principal: Principal = SYSTEM,
     ) -> list[Passage]:
         """The `k` passages of all `owners` with the best scores, best first.
 
         Args:
-            owners: who is searched; at equal scores an earlier one comes first.
+            owners: who is searched; at equal scores an earlier one comes first. None: whoever has something
+                that the principal may read.
             query: what to look for.
             k: how many passages at most, over all owners.
-            revisions: the revision to search, by owner; an owner that is left out is searched at its newest,
-                and with ``history`` all are.
+            revisions: the revision to search, by owner, also of others: for callers who know that it is the
+                newest. An owner that is left out is searched at its newest, and with ``history`` all are.
             options: other weights than the retriever's.
+            principal: who asks. Of others, only what is live and may be read by it is searched.
 
         Raises:
             InvalidInputError: the query is empty, or `k` is below 1.
@@ -107,7 +112,7 @@ class Retriever:
             raise InvalidInputError("The query is empty.", hint="Say what to look for.")
         if k < 1:
             raise InvalidInputError(f"k is {k}.", hint="Expected at least 1.")
-        if not owners:
+        if owners is not None and not owners:
             return []
         chosen = options or self._options
         at = {} if chosen.history else revisions or {}
@@ -123,17 +128,28 @@ class Retriever:
         reranks = chosen.rerank and self._cross_encoder is not None
         fetch = max(k, chosen.candidates) if reranks or chosen.mmr_trade_off < 1 else k
         with self._store.reading() as connection:
+            searched = governance.owners_for(connection, principal) if owners is None else owners
             ranked = [
-                self._rank(connection, owner, asked, at.get(owner), fetch) for owner in dict.fromkeys(owners)
+                self._rank(connection, owner, asked, at.get(owner), fetch, principal)
+                for owner in dict.fromkeys(searched)
             ]
             candidates = _merge(ranked, fetch if reranks else k, fetch, chosen.mmr_trade_off)
             found = _passages(connection, candidates)
         return (self._reranked(query, found) if reranks else found)[:k]
 
-    def _rank(self, connection: Connection, owner: str, asked: Query, revision: int | None, k: int) -> Ranked:
-        encoder, history = self._embedder.fingerprint, asked.options.history
+    def _rank(
+        self,
+        connection: Connection,
+        owner: str,
+        asked: Query,
+        revision: int | None,
+        k: int,
+        principal: Principal,
+    ) -> Ranked:
+        standing = governance.standing(connection, principal, owner)
+        encoder, history = self._embedder.fingerprint, standing.everything and asked.options.history
         found = self._index.get(connection, owner, encoder, revision=revision, history=history)
-        return rank(found, asked, k)
+        return rank(found, asked, k, standing)
 
     def _reranked(self, query: str, found: list[Passage]) -> list[Passage]:
         """In the order of the cross-encoder; as it was where that fails, so that nothing is lost by it."""
@@ -188,9 +204,11 @@ def _passages(connection: Connection, candidates: Sequence[_Candidate]) -> list[
         for start in range(0, len(names), CHUNK)
         for row in connection.execute(_TEXTS, {"of": owner, "ids": names[start : start + CHUNK]})
     }
+    sealed_by = {owner: ciphers.reading(connection, owner) for owner in by_owner}
     passages = []
     for owner, name, score, why in candidates:
         if (row := rows.get((owner, name))) is not None:
-            header = CubeHeader.model_validate_json(row.header)
-            passages.append(Passage(name, owner, row.text, score, header.created_at, header, why=why))
+            header, _ = sealed_by[owner].open_header(name, row.header, None)
+            parsed, text = CubeHeader.model_validate_json(header), sealed_by[owner].open_text(name, row.text)
+            passages.append(Passage(name, owner, text, score, parsed.created_at, parsed, why=why))
     return passages

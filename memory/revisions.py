@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Table, bindparam, insert, or_, select, update
 
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError, RevisionConflictError
+from persona_sdk.memory import cipher as ciphers
 from persona_sdk.memory import schema
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.schema import group_memberships, live_at, memberships, personas, revisions, tombstones
@@ -103,7 +104,8 @@ def advance(
         create(connection, owner, kind)
     elif kind is not None and row.kind != kind:
         raise InvalidInputError(f"{owner!r} is a {row.kind}.", hint=f"It cannot be committed to as a {kind}.")
-    values = {"number": newest + 1, "message": message, "created_at": schema.to_column(utc_now())}
+    note = ciphers.writing(connection, owner).seal_message(newest + 1, message)
+    values = {"number": newest + 1, "message": note, "created_at": schema.to_column(utc_now())}
     connection.execute(insert(revisions).values(owner=owner, restores=restores, **values))
     touch(connection, owner, head=newest + 1)
     return newest + 1
@@ -240,13 +242,14 @@ def history(connection: Connection, owner: str, *, since: int = 0) -> list[Revis
         still = {b.cube_id for b in buried if b.from_revision <= row_number < b.to_revision}
         return tuple(cube_id for cube_id in then if cube_id not in still)
 
+    cipher = ciphers.reading(connection, owner)
     query = select(revisions).where(revisions.c.owner == owner, revisions.c.number > since)
     return [
         Revision(
             owner=owner,
             number=row.number,
             parent=row.number - 1,
-            message=row.message,
+            message=cipher.open_message(row.number, row.message),
             created_at=schema.from_column(row.created_at),
             added=tuple(added[row.number]),
             retired=tuple(retired[row.number]),

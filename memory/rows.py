@@ -14,6 +14,8 @@ from sqlalchemy import Connection, Select, Table, bindparam, func, insert, selec
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError, NotFoundError
+from persona_sdk.memory import cipher as ciphers
+from persona_sdk.memory.cipher import CLEAR, OwnerCipher
 from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Source, State, check_vector
 from persona_sdk.memory.schema import cubes, live_at, memberships, sources, states, to_column, vectors
 from persona_sdk.tensors import Digest
@@ -27,11 +29,12 @@ def chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
     return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
 
 
-def to_cube(row: Any) -> MemCube:
-    """The cube in a row of the ``cubes`` table."""
-    header = CubeHeader.model_validate_json(row.header)
-    state = row.state or FIRST
-    return MemCube(row.id, row.owner, row.kind, row.text, row.blob, header, row.revision, state)
+def to_cube(row: Any, cipher: OwnerCipher = CLEAR) -> MemCube:
+    """The cube in a row of the ``cubes`` table, opened with its owner's cipher."""
+    header, blob = cipher.open_header(row.id, row.header, row.blob)
+    text = None if row.text is None else cipher.open_text(row.id, row.text)
+    parsed, state = CubeHeader.model_validate_json(header), row.state or FIRST
+    return MemCube(row.id, row.owner, row.kind, text, blob, parsed, row.revision, state)
 
 
 def select_cubes(*, join: Table | None = None) -> Select[Any]:
@@ -71,15 +74,17 @@ def read_cubes(
         query = query.where(live_at(memberships, owner, revision))
     if kind is not None:
         query = query.where(cubes.c.kind == kind)
-    return [to_cube(row) for row in connection.execute(query.order_by(cubes.c.seq))]
+    cipher = ciphers.reading(connection, owner)
+    return [to_cube(row, cipher) for row in connection.execute(query.order_by(cubes.c.seq))]
 
 
 def lookup(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, MemCube]:
     """The owner's cubes among `ids`, live or not; what is not there is left out."""
     found: dict[str, MemCube] = {}
+    cipher = ciphers.reading(connection, owner)
     for part in chunks(ids):
         rows = connection.execute(_LOOKUP, {"of": owner, "ids": part})
-        found |= {row.id: to_cube(row) for row in rows}
+        found |= {row.id: to_cube(row, cipher) for row in rows}
     return {cube_id: found[cube_id] for cube_id in ids if cube_id in found}
 
 
@@ -92,11 +97,13 @@ def insert_cube(
     cube_id: str | None = None,
 ) -> str:
     """Write a draft as a cube of revision `number`; return its id. Opens no interval."""
-    name = cube_id or uuid.uuid4().hex
+    name, cipher = cube_id or uuid.uuid4().hex, ciphers.writing(connection, owner)
     header = draft.header.model_dump_json()
     require_readable(header)
-    values: dict[str, Any] = {"owner": owner, "id": name, "kind": draft.kind, "text": draft.text}
-    values |= {"blob": blob, "header": header, "revision": number, "slot": draft.header.slot}
+    text = None if draft.text is None else cipher.seal_text(name, draft.text)
+    values: dict[str, Any] = {"owner": owner, "id": name, "kind": draft.kind, "text": text}
+    values |= {"revision": number, "slot": draft.header.slot}
+    values["header"], values["blob"] = cipher.seal_header(name, header, blob)
     for moment in ("valid_from", "valid_to", "expires_at"):
         found = getattr(draft.header, moment)
         values[moment] = None if found is None else to_column(found)
@@ -168,13 +175,14 @@ def _write_vectors(
     present: Collection[str] = (),
 ) -> int:
     bytes_long = connection.execute(_BYTES_LONG, {"of": owner, "by": encoder}).scalar()
-    fresh = []
+    fresh, cipher = [], ciphers.writing(connection, owner)
     for cube_id, vector in given.items():
-        data = check_vector(vector, encoder).numpy().astype("<f4").tobytes()
+        plain = check_vector(vector, encoder).numpy().astype("<f4").tobytes()
+        data = cipher.seal_vector(cube_id, encoder, plain)
         if len(data) != (bytes_long := bytes_long or len(data)):
             raise InvalidInputError(
-                f"A vector of length {len(data) // 4} was given.",
-                hint=f"This encoder's have {bytes_long // 4}.",
+                f"A vector of length {len(plain) // 4} was given.",
+                hint=f"This encoder's have {(bytes_long - cipher.overhead) // 4}.",
             )
         if cube_id not in present:
             fresh.append({"owner": owner, "cube_id": cube_id, "encoder": encoder, "data": data})
@@ -202,7 +210,8 @@ def read_vectors(
     found = connection.execute(query.offset(skip)).all()
     if not found:
         return [], torch.zeros(0, 0)
-    flat = to_vector(b"".join(row.data for row in found))
+    cipher = ciphers.reading(connection, owner)
+    flat = to_vector(b"".join(cipher.open_vector(row.cube_id, encoder, row.data) for row in found))
     return [row.cube_id for row in found], flat.reshape(len(found), -1)
 
 
@@ -221,4 +230,5 @@ def without_vector(connection: Connection, owner: str, encoder: str) -> list[Mem
     query = select_cubes().where(
         cubes.c.owner == owner, cubes.c.kind == "plaintext", cubes.c.id.not_in(embedded)
     )
-    return [to_cube(row) for row in connection.execute(query.order_by(cubes.c.seq))]
+    cipher = ciphers.reading(connection, owner)
+    return [to_cube(row, cipher) for row in connection.execute(query.order_by(cubes.c.seq))]

@@ -22,6 +22,7 @@ from persona_sdk.config import FrozenConfig
 from persona_sdk.memory import fusion, ranking
 from persona_sdk.memory.calendar_spans import Interval
 from persona_sdk.memory.cube import TRUST_ORDER
+from persona_sdk.memory.governance import OWNER, Standing
 from persona_sdk.memory.index import dense_scores
 from persona_sdk.memory.passage import Why
 from persona_sdk.memory.slices import Slice
@@ -79,12 +80,12 @@ class Ranked:
     why: tuple[Why, ...]
 
 
-def rank(found: Slice, asked: Query, k: int) -> Ranked:
-    """The `k` best rows of a slice."""
+def rank(found: Slice, asked: Query, k: int, standing: Standing = OWNER) -> Ranked:
+    """The `k` best rows of a slice, among those that whoever asks may read."""
     options = asked.options
     if not found.ids:
         return Ranked(found.owner, (), np.zeros(0), np.zeros((0, 0), np.float32), ())
-    visible = _visible(found, asked)
+    visible = _both(_visible(found, asked), _readable(found, standing))
     dense = dense_scores(found, asked.vector)
     bm25, coverage = found.postings(options.context_weight).search(asked.words)
     if visible is not None:
@@ -114,6 +115,27 @@ def rank(found: Slice, asked: Query, k: int) -> Ranked:
     return Ranked(
         found.owner, tuple(found.ids[row] for row in rows.tolist()), scores[rows], found.vectors[rows], why
     )
+
+
+def _readable(found: Slice, standing: Standing) -> Bool[np.ndarray, " n"] | None:
+    """The rows of live cubes that `standing` may read; None: all. As `Standing.may`, for a whole slice."""
+    if standing.everything:
+        return None
+    none = np.zeros(len(found.ids), np.bool_)
+    readable: Bool[np.ndarray, " n"] = ~found.special if standing.member else none
+    granted = {cube_id for cube_id, _ in standing.granted}
+    if granted:
+        readable |= np.fromiter((name in granted for name in found.ids), np.bool_, len(found.ids))
+    return readable
+
+
+def _both(
+    one: Bool[np.ndarray, " n"] | None, other: Bool[np.ndarray, " n"] | None
+) -> Bool[np.ndarray, " n"] | None:
+    if one is None or other is None:
+        return other if one is None else one
+    both: Bool[np.ndarray, " n"] = one & other
+    return both
 
 
 def _visible(found: Slice, asked: Query) -> Bool[np.ndarray, " n"] | None:

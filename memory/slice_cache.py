@@ -6,11 +6,15 @@ least recently used slices go first.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Select, bindparam, or_, select
 
 from persona_sdk.errors import NotFoundError
+from persona_sdk.memory import cipher as ciphers
+from persona_sdk.memory.cipher import CLEAR
 from persona_sdk.memory.rows import CHUNK
 from persona_sdk.memory.schema import cubes, memberships, personas, vectors
 from persona_sdk.memory.slices import Slice
@@ -137,7 +141,26 @@ def _require(owner: str, revision: object, head: int) -> None:
 def _read(connection: Connection, key: Key, stamp: str, revision: int | None) -> Slice:
     owner, encoder, history = key
     found = connection.execute(_ROWS[history], {"of": owner, "encoder": encoder, "at": revision}).all()
-    return Slice.of(owner, stamp, found)
+    return Slice.of(owner, stamp, _opened(connection, owner, encoder, found))
+
+
+def _opened(connection: Connection, owner: str, encoder: str, found: Sequence[Any]) -> Sequence[Any]:
+    """Rows as they were before they were sealed."""
+    cipher = ciphers.reading(connection, owner)
+    if cipher is CLEAR:
+        return found
+    return [
+        SimpleNamespace(
+            id=row.id,
+            text=cipher.open_text(row.id, row.text),
+            header=cipher.open_header(row.id, row.header, None)[0],
+            data=cipher.open_vector(row.id, encoder, row.data),
+            valid_from=row.valid_from,
+            valid_to=row.valid_to,
+            expires_at=row.expires_at,
+        )
+        for row in found
+    ]
 
 
 def _follow(connection: Connection, key: Key, stamp: str, head: int, last: Slice) -> Slice:
@@ -154,4 +177,5 @@ def _follow(connection: Connection, key: Key, stamp: str, head: int, last: Slice
     found = [row for part in parts for row in connection.execute(_SOME[history], {**scope, "ids": part})]
     if [row.id for row in found] != new:
         return _read(connection, key, stamp, head)
-    return last.followed_by(stamp, stay, Slice.of(owner, stamp, found, last.type_names))
+    opened = _opened(connection, owner, encoder, found)
+    return last.followed_by(stamp, stay, Slice.of(owner, stamp, opened, last.type_names))

@@ -8,6 +8,7 @@
     times, seconds since 1970  created, valid_from, valid_to, expires    [n], infinite where open
     half-life of its own       half_life                [n] days, NaN: by type
     type and trust, as codes   types, trust             [n]
+    sensitivity is "special"   special                  [n]
 
 Each owner has slices of its own, so a search cannot reach anybody else's rows. Nothing is ever written to a
 file: building one is a copy, while a file would be one more thing to trust, to leak and to erase. A slice is
@@ -24,7 +25,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int
+from jaxtyping import Bool, Float32, Float64, Int
 
 from persona_sdk.memory.calendar_spans import MONTHS
 from persona_sdk.memory.cube import TRUST_ORDER
@@ -32,6 +33,17 @@ from persona_sdk.memory.lexical import Counts, Postings
 
 APPROXIMATE_ABOVE = 20_000  # rows; below, comparing all takes less than 3 ms
 
+_OF_A_ROW = (
+    "created",
+    "valid_from",
+    "valid_to",
+    "expires",
+    "half_life",
+    "types",
+    "trust",
+    "special",
+    "sessions",
+)
 _ORDER = {name: code for code, name in enumerate(TRUST_ORDER)}
 
 
@@ -52,6 +64,7 @@ class Slice:
     half_life: Float64[np.ndarray, " n"]
     types: Int[np.ndarray, " n"]
     trust: Int[np.ndarray, " n"]
+    special: Bool[np.ndarray, " n"]
     type_names: tuple[str, ...]
     derived: dict[str, Any] = field(default_factory=dict)  # indexes over the columns, built when first used
 
@@ -83,6 +96,7 @@ class Slice:
             half_life=_column([np.nan if life is None else life for life in lives], np.float64),
             types=_column(types, np.int32),
             trust=_column([_ORDER[header["trust"]] for header in headers], np.int8),
+            special=_column([header["sensitivity"] == "special" for header in headers], np.bool_),
             type_names=tuple(known),
         )
 
@@ -143,9 +157,8 @@ class Slice:
         shifted = replace(new.counts, rows=new.counts.rows + np.int32(len(rows)))
         # What was built over the first rows holds as long as they are the first.
         derived = {"inverted file": self.derived.get("inverted file")} if len(rows) == len(self.ids) else {}
-        names = ("created", "valid_from", "valid_to", "expires", "half_life", "types", "trust", "sessions")
         columns: dict[str, Any] = {
-            name: np.concatenate([getattr(self, name)[rows], getattr(new, name)]) for name in names
+            name: np.concatenate([getattr(self, name)[rows], getattr(new, name)]) for name in _OF_A_ROW
         }
         return replace(
             self,

@@ -4,7 +4,8 @@ Transactions are begun here, not by the driver: ``BEGIN`` for a reader, ``BEGIN 
 so that a writer holds SQLite's one write lock, across processes, from its first statement on. Threads of
 one process wait for each other here, because SQLite's own waiting is polling.
 
-A file of an older schema is copied before it is migrated.
+Checkpoints are made by `persona_sdk.memory.checkpoint`, so that erased bytes go in time that depends on what
+changed. A file of an older schema is copied before it is migrated.
 """
 
 import sqlite3
@@ -18,6 +19,7 @@ from typing import Self
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 
 from persona_sdk import files
+from persona_sdk.memory.checkpoint import checkpoint, compact, keep_clean
 from persona_sdk.memory.database import (
     BACKUP_GLOB,
     Database,
@@ -28,7 +30,14 @@ from persona_sdk.memory.database import (
 )
 from persona_sdk.memory.database_errors import sqlite_code
 
-_PRAGMAS = ("foreign_keys=ON", "secure_delete=ON", "synchronous=FULL", "temp_store=MEMORY")
+_PRAGMAS = (
+    "foreign_keys=ON",
+    "secure_delete=ON",
+    "synchronous=FULL",
+    "temp_store=MEMORY",
+    "wal_autocheckpoint=0",
+)
+_COMPACT_PAGES, _COMPACT_SHARE = 4096, 0.25  # given back at a time; free before an old file is rewritten
 
 
 class SQLite(Database):
@@ -56,6 +65,7 @@ class SQLite(Database):
             try:
                 _use_wal(engine, busy_timeout)
                 _migrate(engine, file)
+                keep_clean(engine, file)
             except BaseException:
                 engine.dispose()
                 raise
@@ -90,6 +100,9 @@ def _engine(file: Path, busy_timeout: float) -> Engine:
         cursor = connection.cursor()
         for pragma in _PRAGMAS:
             cursor.execute(f"PRAGMA {pragma}")
+        # Only a new file can be made to give back single pages; in another one this would be a write.
+        if cursor.execute("PRAGMA page_count").fetchone()[0] == 0:
+            cursor.execute("PRAGMA auto_vacuum=INCREMENTAL")
         cursor.close()
 
     @event.listens_for(engine, "begin")
@@ -154,21 +167,18 @@ def _back_up(file: Path, target: Path) -> None:
 
 
 def scrub(engine: Engine, folder: Path) -> bool:
-    """Rewrite the database without its free space, empty the WAL and drop backups of older schemas.
+    """Give free pages back, overwrite what is left of erased rows and drop backups of older schemas.
 
-    Returns whether all of it was possible. It is not while another process reads, or without room for
-    a second copy of the database.
+    The time depends on what changed, not on the size of the store. Returns whether all of it was possible;
+    it is not while another process reads or writes.
     """
     try:
         for backup in folder.glob(f"{BACKUP_GLOB}*"):
             backup.unlink(missing_ok=True)
         files.sync(folder)
         with closing(engine.raw_connection()) as raw:
-            cursor = raw.cursor()
-            cursor.execute("VACUUM")
-            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            busy = cursor.fetchone()
-            cursor.close()
-        return busy is not None and busy[0] == 0
-    except (sqlite3.OperationalError, OSError):
+            assert isinstance(raw.driver_connection, sqlite3.Connection)
+            compact(raw.driver_connection, pages=_COMPACT_PAGES, share=_COMPACT_SHARE)
+        return checkpoint(folder / "personas.db", timeout=1.0, wipe=True)
+    except (sqlite3.Error, OSError):
         return False

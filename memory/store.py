@@ -8,7 +8,7 @@ and changes nothing. Reads are scoped to one owner, never write, and see one con
 method may be called from any thread; writers wait for each other, also across processes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +19,7 @@ from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import (
     archive,
+    archive_import,
     audit,
     commits,
     erasure,
@@ -27,12 +28,15 @@ from persona_sdk.memory import (
     lifecycle,
     revisions,
     rows,
+    signing,
     snapshots,
     transitions,
 )
+from persona_sdk.memory.archive_format import ArchiveSummary
 from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.cube import CubeDraft, State, check_vector, clean_text
 from persona_sdk.memory.database import Database, translated
+from persona_sdk.memory.encryption import KeyRing
 from persona_sdk.memory.events import Event, Head
 from persona_sdk.memory.governance import Granted, Principal
 from persona_sdk.memory.postgres import PostgreSQL, is_url
@@ -48,7 +52,14 @@ class MemoryStore(StoreReader):
     """An open store. Make one with `MemoryStore.open`; it is a context manager."""
 
     @classmethod
-    def open(cls, path: str | Path, *, blobs: str | Path | None = None, busy_timeout: float = 10.0) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        blobs: str | Path | None = None,
+        busy_timeout: float = 10.0,
+        encryption: KeyRing | None = None,
+    ) -> Self:
         """Open a store, creating it, migrating an older schema, sweeping up after crashes.
 
         Args:
@@ -56,9 +67,11 @@ class MemoryStore(StoreReader):
             blobs: the folder of the tensors of a store in PostgreSQL; None takes the URL's, or one of the
                 user's that belongs to that database. A folder's store keeps them in the folder.
             busy_timeout: seconds a write waits for another process's.
+            encryption: the master key of an encrypted store; a new store is encrypted when it is given.
 
         Raises:
             InvalidInputError: the URL names no kind of store, or `blobs` is given with a folder.
+            MasterKeyError: the master key is missing or another one, or the store is not encrypted.
             SchemaError: the schema is newer than this code; nothing was changed.
             StoreUnavailableError: the database server cannot be reached.
             StoreError: the folder or the database cannot be used.
@@ -78,7 +91,9 @@ class MemoryStore(StoreReader):
         try:
             with translated(database.folder):
                 store = cls(database, Vault(database.folder / "blobs"))
+                store.unlock(encryption)
                 store.sweep()
+                erasure.resume(store)
         except BaseException:
             database.close()
             raise
@@ -126,11 +141,11 @@ class MemoryStore(StoreReader):
         blobs = [None if draft.payload is None else encode(draft.payload) for draft in drafts]
         # Joining a group looks at whether other personas are users, so it excludes their writers too.
         alone = owner if groups is None else None
-        with self.blobs_written(filter(None, blobs)), self.writing(alone) as connection:
+        with self.blobs_written(filter(None, blobs)) as new, self.writing(alone) as connection:
             number = revisions.advance(connection, owner, kind=kind, parent=parent, message=note)
             lifecycle.require_unfrozen(connection, owner, list(retire))
             revisions.close_cubes(connection, owner, list(dict.fromkeys(retire)), number)
-            ids = commits.add_cubes(self, connection, owner, drafts, blobs, number)
+            ids = commits.add_cubes(self, connection, owner, drafts, blobs, number, new)
             if groups is not None:
                 revisions.set_groups(connection, owner, groups, number)
             events.append(connection, owner, "commit", events.membership(groups))
@@ -241,13 +256,50 @@ class MemoryStore(StoreReader):
         with self.reading() as connection:
             return audit.verify(connection, owner, anchor=anchor)
 
-    # Archives ------------------------------------------------------------------------------------------
+    # Keys, signatures, archives -----------------------------------------------------------------------
 
-    def export(self, owner: str, path: str | Path) -> Path:
-        """Write a persona with its history to one ``.memcube`` file; see `persona_sdk.memory.archive`."""
-        return archive.export(self, owner, Path(path))
+    def rotate_master_key(self, ring: KeyRing) -> int:
+        """Wrap the key of every persona with another master key; how many there are. No data is touched.
 
-    def import_archive(self, path: str | Path, *, as_id: str | None = None, keep_groups: bool = False) -> str:
+        Other processes that have the store open with the old one must open it again.
+
+        Raises:
+            InvalidInputError: the store is not encrypted.
+            MasterKeyError: the new master key is unusable; the old one is still in use.
+        """
+        if self._encryption is None:
+            raise InvalidInputError("The store is not encrypted.", hint="It has no key to change.")
+        with self._encryption.changing_to(ring), self.writing() as connection:
+            count = self._encryption.rotate(connection, ring)
+        self.scrub()  # a copy of what the old master key opens must not stay in the folder
+        return count
+
+    def export(self, owner: str, path: str | Path, *, passphrase: str | None = None) -> Path:
+        """Write a persona with its history to one signed ``.memcube`` file (`persona_sdk.memory.archive`).
+
+        Its content is clear, also when the store is encrypted, unless a passphrase is given.
+        """
+        return archive.export(self, owner, Path(path), passphrase=passphrase)
+
+    def inspect_archive(
+        self, path: str | Path, *, trusted_keys: Collection[bytes] = (), passphrase: str | None = None
+    ) -> ArchiveSummary:
+        """Check a ``.memcube`` file as `import_archive` does, and say what it is and who signed it.
+
+        Raises:
+            ArchiveError: it is damaged or unsafe, its signature is wrong, or so is the passphrase.
+        """
+        return archive_import.inspect(self, Path(path), trusted_keys=trusted_keys, passphrase=passphrase)
+
+    def import_archive(
+        self,
+        path: str | Path,
+        *,
+        as_id: str | None = None,
+        keep_groups: bool = False,
+        trusted_keys: Collection[bytes] = (),
+        passphrase: str | None = None,
+    ) -> str:
         """Take in a ``.memcube`` file as a new persona and return its id.
 
         Args:
@@ -255,8 +307,26 @@ class MemoryStore(StoreReader):
             as_id: the id to give it; None keeps the archive's.
             keep_groups: also take over its group memberships. A group of this store may share no more than
                 its name with the archive's, and members read what a group remembers, so only on request.
+            trusted_keys: Ed25519 public keys (`public_key`) of stores whose archives are believed as this
+                store's own are; what others sign is taken in with less trust.
+            passphrase: that of the archive, if it has one.
 
         Raises:
-            ArchiveError: it is damaged or unsafe, or the persona exists; nothing was written.
+            ArchiveError: it is damaged or unsafe, its signature or the passphrase is wrong, or the persona
+                exists; nothing was written.
         """
-        return archive.import_archive(self, Path(path), as_id=as_id, keep_groups=keep_groups)
+        return archive_import.import_archive(
+            self,
+            Path(path),
+            as_id=as_id,
+            keep_groups=keep_groups,
+            trusted_keys=trusted_keys,
+            passphrase=passphrase,
+        )
+
+    def public_key(self) -> bytes | None:
+        """The Ed25519 key with which others check this store's receipts and archives.
+
+        None without the extra ``[crypto]``: then only this store can check them.
+        """
+        return signing.public_key(self.folder)

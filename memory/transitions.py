@@ -75,7 +75,7 @@ def merge(
     """
     wanted, draft = _some(ids), draft.checked()
     blob = None if draft.payload is None else encode(draft.payload)
-    with store.blobs_written([blob] if blob else []), store.writing() as connection:
+    with store.blobs_written([blob] if blob else []) as new, store.writing() as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         parents = rows.lookup(connection, owner, wanted)
         for cube_id in wanted:
@@ -92,7 +92,8 @@ def merge(
                 "sensitivity": max((h.sensitivity for h in headers), key=_SENSITIVITY.index),
             }
         )
-        commits.add_cubes(store, connection, owner, [replace(draft, header=header)], [blob], number)
+        made = [replace(draft, header=header)]
+        commits.add_cubes(store, connection, owner, made, [blob], number, new)
         return _recorded(connection, owner, number, "merge", dict.fromkeys(wanted, "merged"))
 
 

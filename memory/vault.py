@@ -7,7 +7,8 @@ never a name without its blob. Every read recomputes the digest.
 A folder ``<two hex>`` whose time of change is `IN_ORDER` was left, or found, without leftovers. Whatever is
 created or removed in it changes that time, so a crash cannot leave the mark behind.
 
-The vault knows no owners: who may read what is decided by the rows of the store.
+The vault knows no owners: who may read what is decided by the rows of the store. In an encrypted store the
+file has the name that the owner's cipher gives it instead of the digest, and sealed content.
 """
 
 import os
@@ -22,6 +23,7 @@ from safetensors.torch import load, save
 
 from persona_sdk import files
 from persona_sdk.errors import CorruptBlobError, InvalidInputError
+from persona_sdk.memory.cipher import CLEAR, OwnerCipher
 from persona_sdk.tensors import Digest, TensorBundle, digest, freeze
 
 SUFFIX = ".safetensors"
@@ -92,43 +94,43 @@ class Vault:
         self.folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
 
-    def path(self, name: Digest) -> Path:
-        """Where a blob lies."""
+    def path(self, name: str) -> Path:
+        """Where the file of that name lies."""
         if not is_digest(name):
             raise InvalidInputError(f"{name!r:.80} is no content digest.", hint="Expected 64 hex digits.")
         return self.folder / name[:2] / f"{name}{SUFFIX}"
 
-    def holds(self, name: Digest) -> bool:
+    def holds(self, name: str) -> bool:
         """Whether there is a file of that name; its content is not read."""
         return self.path(name).is_file()
 
-    def write(self, name: Digest, data: bytes) -> bool:
+    def write(self, name: Digest, data: bytes, cipher: OwnerCipher = CLEAR) -> bool:
         """Store encoded bytes durably; False when an intact copy is already there. Repairs a damaged one."""
         try:
-            self.read(name)
+            self.read(name, cipher)
             return False
         except CorruptBlobError:
             pass
-        target = self.path(name)
+        target = self.path(cipher.file_name(name))
         if not target.parent.exists():
             target.parent.mkdir(mode=0o700, exist_ok=True)
             files.sync(self.folder)
-        files.write_atomically(target, data)
+        files.write_atomically(target, cipher.seal_blob(name, data))
         return True
 
-    def read(self, name: Digest) -> TensorBundle:
+    def read(self, name: Digest, cipher: OwnerCipher = CLEAR) -> TensorBundle:
         """The tensors filed under a digest, verified.
 
         Raises:
             CorruptBlobError: the file is missing, damaged or another one's.
         """
         try:
-            data = self.path(name).read_bytes()
+            data = self.path(cipher.file_name(name)).read_bytes()
         except FileNotFoundError as error:
             raise CorruptBlobError(f"Blob {name[:12]} is missing.", hint=_RESTORE) from error
-        return decode(data, name)
+        return decode(cipher.open_blob(name, data), name)
 
-    def delete(self, name: Digest) -> int:
+    def delete(self, name: str) -> int:
         """Remove a blob durably and return how many bytes it had; 0 when it was not there."""
         target = self.path(name)
         try:

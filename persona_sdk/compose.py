@@ -13,7 +13,8 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Literal, TypeAlias
 
 from pydantic import Field
@@ -166,7 +167,7 @@ class Composer:
         contributors, tensors, skipped = self._adapters(revisions, turns[-1].content)
         adapted = tuple(part for contributor in contributors for part in contributor.parts)
         pinned = self._pinned.of(revisions)
-        passages = self._recall(revisions, turns, options, pinned)
+        pinned, passages = self._recall(revisions, turns, options, pinned)
         prefix = sum(part.length for part in adapted if isinstance(part, SoftPrefix))
         fitted = self._fit(turns, pinned, passages, prefix, options)
         parts: tuple[PlanPart, ...] = adapted
@@ -220,16 +221,21 @@ class Composer:
         revisions: Mapping[str, int],
         turns: Sequence[Message],
         options: ChatOptions,
-        pinned: Sequence[Passage],
-    ) -> tuple[Passage, ...]:
-        """The memories nearest to what was said last, without the pinned ones."""
+        pinned: tuple[Passage, ...],
+    ) -> tuple[tuple[Passage, ...], tuple[Passage, ...]]:
+        """The pinned memories, those with a ``why`` that were asked for too, and the others nearest to what
+        was said last.
+        """
         if not revisions or options.recall_k == 0:
-            return ()
+            return pinned, ()
         asked, known = turns[-1].content, {passage.id for passage in pinned}
         # Twice as many: some are turns that say no more than what was drawn from them.
         found = self._recall_from(tuple(revisions), asked, 2 * options.recall_k + len(pinned), revisions)
-        near = [p for p in found if p.id not in known and p.score >= options.recall_score]
-        return fit_for_prompts(near, [turn.content for turn in turns])[: options.recall_k]
+        near = [p for p in found if p.score >= options.recall_score]
+        why = {p.id: p.why for p in near}
+        fresh = [p for p in near if p.id not in known]
+        recalled = fit_for_prompts(fresh, [turn.content for turn in turns])[: options.recall_k]
+        return tuple(replace(p, why=why.get(p.id)) for p in pinned), recalled
 
     def _fit(
         self,
@@ -291,7 +297,7 @@ class PinnedMemories:
         now = utc_now()
         owners = [*list(revisions)[1:], *list(revisions)[:1]]
         found = [passage for owner in owners for passage in self._of_owner(owner, revisions[owner])]
-        return tuple(passage for passage in found if not passage.header.expired(now))
+        return tuple(p for p in found if _stands(p, now) and may_see(p, next(iter(revisions))))
 
     def _of_owner(self, owner: str, revision: int) -> tuple[Passage, ...]:
         if revision == 0:
@@ -319,6 +325,16 @@ class PinnedMemories:
     def _drop(self, owner: str) -> None:
         with self._lock:
             self._kept.pop(owner, None)
+
+
+def may_see(passage: Passage, persona: str) -> bool:
+    """Whether a memory may be in a persona's prompt: membership in a group does not share what is special."""
+    return passage.owner == persona or passage.header.sensitivity != "special"
+
+
+def _stands(passage: Passage, now: datetime) -> bool:
+    header = passage.header
+    return header.valid(now) and not header.expired(now) and not DOUBTFUL & set(header.tags)
 
 
 @dataclass(frozen=True)

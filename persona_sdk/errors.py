@@ -20,6 +20,7 @@
         ├── NotFoundError            no such cube, revision, adapter or persona for this owner
         ├── CorruptBlobError         stored bytes do not match their content hash
         ├── SchemaError              the store was written by another version of the schema
+        ├── MasterKeyError           the master key is missing or another one, or the store is not encrypted
         ├── StoreFullError           the disk is full; nothing was committed              (retryable)
         ├── RevisionConflictError    somebody else committed first                        (retryable)
         ├── LifecycleError           a move between states of life that is not legal
@@ -167,6 +168,12 @@ class SchemaError(StoreError):
     """The store's schema is not the one this version reads and writes."""
 
     code = "schema_mismatch"
+
+
+class MasterKeyError(StoreError):
+    """The store's data keys do not open with the master key that was given."""
+
+    code = "master_key"
 
 
 class StoreFullError(StoreError):

@@ -10,10 +10,22 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from persona_sdk.embedders import Embedder, load_embedder
-from persona_sdk.memory import MemoryStore, Passage, RetrievalOptions, Retriever, VectorIndex, uses
+from persona_sdk.memory import (
+    CrossEncoder,
+    MemoryStore,
+    Passage,
+    Principal,
+    RetrievalOptions,
+    Retriever,
+    VectorIndex,
+    governance,
+    uses,
+)
 from persona_sdk.memory.cube import PersonaKind, utc_now
 from persona_sdk.memory.expiry import expire
+from persona_sdk.memory.extraction import Extractor
 from persona_sdk.memory.reports import FlushReport, Observed
+from persona_sdk.memory.revisions import head
 from persona_sdk.memory.turns import Messages
 from persona_sdk.memory.writer import MemoryWriter
 
@@ -25,10 +37,21 @@ class MemorySystem:
         store: where personas live.
         embedder: turns memories and queries into vectors; a name is loaded when it is first needed.
         options: weights of recall.
+        extractor: draws statements from turns; rules, if none is given.
+        cross_encoder: reorders what recall found.
     """
 
-    def __init__(self, store: MemoryStore, embedder: str | Embedder, options: RetrievalOptions) -> None:
+    def __init__(
+        self,
+        store: MemoryStore,
+        embedder: str | Embedder,
+        options: RetrievalOptions,
+        *,
+        extractor: Extractor | None = None,
+        cross_encoder: CrossEncoder | None = None,
+    ) -> None:
         self.store = store
+        self._extractor, self._cross_encoder = extractor, cross_encoder
         self.options = options
         self._embedder = embedder
         self._index = VectorIndex(store)
@@ -46,21 +69,28 @@ class MemorySystem:
 
     def search_with(self, options: RetrievalOptions) -> Retriever:
         """Search with other weights."""
-        return Retriever(self.store, self._index, self.embedder, options)
+        return Retriever(self.store, self._index, self.embedder, options, cross_encoder=self._cross_encoder)
 
     def recall(
         self, owners: Sequence[str], query: str, k: int, revisions: Mapping[str, int]
     ) -> Sequence[Passage]:
-        """For the composer: the best passages at these revisions."""
-        if not any(revisions.values()):  # nobody has written anything yet: the embedder can stay unloaded
+        """For the composer: the best passages that the first of the owners may read, at these revisions.
+
+        What others shared with it is searched too.
+        """
+        asking = Principal(owners[0], self.store.kind_of(owners[0]) or "user")
+        with self.store.reading() as connection:
+            reach = [*owners, *governance.owners_for(connection, asking)]
+            written = any(revisions.get(owner) or head(connection, owner) for owner in reach)
+        if not written:  # nobody has written anything yet: the embedder can stay unloaded
             return []
-        return self.retriever.recall(owners, query, k, revisions)
+        return self.retriever.recall(reach, query, k, revisions, principal=asking)
 
     @cached_property
     def writer(self) -> MemoryWriter:
         """Takes in conversations. ``writer.start()`` lets it work in a thread of its own."""
         self._writes = True
-        return MemoryWriter(self.store, self.embedder, on_use=self.record_uses)
+        return MemoryWriter(self.store, self.embedder, extractor=self._extractor, on_use=self.record_uses)
 
     def learn(
         self, owner: str, kind: PersonaKind, messages: Messages, *, session: str = "", system: str = ""

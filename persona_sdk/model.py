@@ -15,7 +15,8 @@ from persona_sdk.engine import Completion, Engine, EngineOptions, Request
 from persona_sdk.engine.prefix.bundles import KVShape
 from persona_sdk.errors import InvalidInputError, ModelError, PersonaError
 from persona_sdk.library import AdapterLibrary
-from persona_sdk.memory import MemCube, MemoryStore, RetrievalOptions, Retriever
+from persona_sdk.memory import CrossEncoder, MemCube, MemoryStore, RetrievalOptions, Retriever
+from persona_sdk.memory.extraction import Extractor
 from persona_sdk.memory_system import MemorySystem
 from persona_sdk.models import Embedder, LanguageModel
 from persona_sdk.persona import Persona
@@ -39,6 +40,7 @@ class PersonaModel:
         embedder: turns memories and queries into vectors; a name is loaded when it is first needed.
         engine: rows, tokens per step and memory budgets of the engine.
         retrieval: weights of recall.
+        **memory: ``extractor``, ``cross_encoder``; see `MemorySystem`.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class PersonaModel:
         embedder: str | Embedder = "minilm",
         engine: EngineOptions | None = None,
         retrieval: RetrievalOptions | None = None,
+        **memory: Any,
     ) -> None:
         self.base = base
         self.store = store
         self.adapters = AdapterLibrary(base, store)
-        self.memory = MemorySystem(store, embedder, retrieval or RetrievalOptions())
+        self.memory = MemorySystem(store, embedder, retrieval or RetrievalOptions(), **memory)
         self._prefixes: PrefixLibrary | None = None
         self.engine = Engine(base, engine, spill=self._spill)
         blocks = self.engine.options.block_reuse is not None
@@ -70,6 +73,8 @@ class PersonaModel:
         dtype: str = "auto",
         engine: EngineOptions | Mapping[str, Any] | None = None,
         retrieval: RetrievalOptions | Mapping[str, Any] | None = None,
+        extractor: Extractor | None = None,
+        cross_encoder: CrossEncoder | None = None,
     ) -> Self:
         """Open a store with a base model.
 
@@ -82,6 +87,8 @@ class PersonaModel:
             dtype: a torch dtype's name, ``"auto"`` or ``"fastest"``, as in `LanguageModel.from_pretrained`.
             engine: limits of the engine (`persona_sdk.engine.EngineOptions`), or a mapping of them.
             retrieval: weights of recall (`persona_sdk.memory.RetrievalOptions`), or a mapping of them.
+            extractor: draws statements from conversations, as `persona_sdk.memory.LMExtractor`; None: rules.
+            cross_encoder: reorders what recall found, as a sentence-transformers ``CrossEncoder`` wrapped.
 
         Raises:
             UnknownModelError: the name leads nowhere.
@@ -99,7 +106,15 @@ class PersonaModel:
         if not isinstance(retrieval, RetrievalOptions):
             retrieval = RetrievalOptions.parse(dict(retrieval or {}))
         opened = store if isinstance(store, MemoryStore) else MemoryStore.open(store)
-        return cls(name, opened, embedder, options, retrieval)
+        return cls(
+            name,
+            opened,
+            embedder,
+            options,
+            retrieval,
+            extractor=extractor,
+            cross_encoder=cross_encoder,
+        )
 
     def __enter__(self) -> Self:
         return self

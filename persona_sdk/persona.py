@@ -5,13 +5,14 @@ Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes 
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_sdk.adapters import Adapter
 from persona_sdk.config import validate_id
-from persona_sdk.errors import InvalidInputError, NotFoundError
+from persona_sdk.errors import InvalidInputError, NotFoundError, PersonaError
 from persona_sdk.library import SHARED, commit_edit, split_name
 from persona_sdk.materialize import Materialized, materialize
 from persona_sdk.memory import MemCube, Passage, Receipt, Revision, turns
@@ -23,6 +24,8 @@ from persona_sdk.reply import Explanation, Reply, ReplyStream
 
 if TYPE_CHECKING:
     from persona_sdk.model import PersonaModel
+
+_log = logging.getLogger("persona_sdk")
 
 
 class Persona:
@@ -64,20 +67,26 @@ class Persona:
             messages: what was said; the last turn is the user's.
             seed: of the sampling stream; greedy decoding does not use it.
             learn: afterwards, remember the last turn and the reply, and count the memories that were used;
-                see `PersonaMemory.learn_from`.
+                see `PersonaMemory.learn_from`. If that fails it is logged, and the reply returned.
             **options: see `persona_sdk.compose.ChatOptions` (``max_new_tokens``, ``do_sample``, ...).
         """
         replies: list[Reply] = self._model.chat_batch([(self, messages)], seed=seed, **options)
         if learn:
-            self.memory.learn_from(messages, replies[0])
+            self._learn_from(messages, replies[0])
         return replies[0]
 
     async def achat(self, messages: Messages, *, seed: int = 0, learn: bool = False, **options: Any) -> Reply:
         """`chat` without blocking the event loop. Cancelling the task ends the reply."""
         reply = await self._model.achat(self, messages, seed=seed, **options)
         if learn:
-            await asyncio.to_thread(self.memory.learn_from, messages, reply)
+            await asyncio.to_thread(self._learn_from, messages, reply)
         return reply
+
+    def _learn_from(self, messages: Messages, reply: Reply) -> None:
+        try:
+            self.memory.learn_from(messages, reply)
+        except PersonaError:  # the reply is there, and must not be lost for what could not be remembered
+            _log.exception("nothing was learned from a reply of %r", self.id)
 
     def stream(self, messages: Messages, *, seed: int = 0, **options: Any) -> ReplyStream:
         """Answer piece by piece, for ``for`` and ``async for``. The stream's ``.reply`` is the whole answer;
@@ -100,47 +109,23 @@ class Persona:
 
     # Memory -------------------------------------------------------------------------------------------
 
-    def remember(
-        self,
-        text: str,
-        *,
-        title: str = "",
-        tags: Sequence[str] = (),
-        semantic_type: str = "fact",
-        pinned: bool = False,
-    ) -> MemCube:
-        """Store one text as a memory of this persona and return its cube. Arguments as for `remember_all`."""
-        return self.remember_all([text], title=title, tags=tags, semantic_type=semantic_type, pinned=pinned)[
-            0
-        ]
+    def remember(self, text: str, **options: Any) -> MemCube:
+        """Store one text as a memory of this persona and return its cube. Options as for `remember_all`."""
+        return self.remember_all([text], **options)[0]
 
-    def remember_all(
-        self,
-        texts: Sequence[str],
-        *,
-        title: str = "",
-        tags: Sequence[str] = (),
-        semantic_type: str = "fact",
-        searchable: bool = True,
-        pinned: bool = False,
-    ) -> list[MemCube]:
+    def remember_all(self, texts: Sequence[str], **options: Any) -> list[MemCube]:
         """Store several texts in one revision: all of them, or none.
 
         Args:
             texts: the memories.
-            title: a name for all of them.
-            tags: labels of your own.
-            semantic_type: fact, preference, event, writing, ...
-            searchable: False keeps them out of recall and out of prompts, as for training texts.
-            pinned: True puts them into every prompt, first and whatever is asked, also unsearchable ones.
+            **options: ``title``, ``tags``, ``semantic_type``, ``searchable``, ``pinned``, ``sensitivity``,
+                ``expires_at``, ``valid_from``, ``valid_to``; see `PersonaMemory.remember`.
 
         Raises:
-            InvalidInputError: a text is blank or longer than `MAX_TEXT` characters.
+            InvalidInputError: a text is blank or longer than `MAX_TEXT` characters, or an option is wrong.
             StoreFullError: no room; nothing was stored.
         """
-        return self.memory.remember(
-            texts, title=title, tags=tags, semantic_type=semantic_type, searchable=searchable, pinned=pinned
-        )
+        return self.memory.remember(texts, **options)
 
     def learn(self, messages: turns.Messages, *, session: str = "") -> FlushReport:
         """Remember a conversation: every turn verbatim, and the facts and preferences the user states.

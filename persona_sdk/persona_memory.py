@@ -4,11 +4,12 @@
     read     search, cubes                time     snapshot, snapshots, as_of, rollback
     erase    forget, forget_everything    others   share, unshare, shared, audit, verify_audit
 
-All of it goes through a `BoundStore`: what is not the persona's own, its groups' or granted to it is refused,
-in the words that are used when there is no such thing. Reads change nothing; every write is one commit or
-one event.
+What goes through the `BoundStore` is refused where it is not the persona's own, its groups' or granted to it,
+in the words that are used when there is no such thing. Learning and rolling back are the application's own
+acts, in the persona's name. Reads change nothing; every write is one commit or one event.
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -133,6 +134,11 @@ class PersonaMemory:
         with acting_as(self.store.principal.name):
             return self._system.learn(self.owner, self.kind, messages, session=session, system=system)
 
+    def confirm(self, cube_id: str) -> FlushReport:
+        """Take an unconfirmed statement for true; it takes the place of what it contradicts."""
+        with acting_as(self.store.principal.name):
+            return self._system.writer.confirm(self.owner, cube_id)
+
     def flush(self) -> FlushReport:
         """Work out what the waiting turns say: statements, contradictions, duplicates, rules."""
         with acting_as(self.store.principal.name):
@@ -147,7 +153,8 @@ class PersonaMemory:
             self._system.learn(self.owner, self.kind, said)
             used: dict[str, list[str]] = {}
             for passage in reply.citations:
-                used.setdefault(passage.owner, []).append(passage.id)
+                if passage.why is not None:  # it was looked for, and is not just in every prompt
+                    used.setdefault(passage.owner, []).append(passage.id)
             for owner, cube_ids in used.items():
                 with suppress(NotFoundError):  # forgotten while the reply was written
                     self._system.record_uses(owner, cube_ids)
@@ -165,8 +172,7 @@ class PersonaMemory:
                 (what was so then) or ``history`` (also what is no longer so).
         """
         wanted = RetrievalOptions.parse({**self._system.options.model_dump(), **options})
-        found: list[Passage] = self.store.recall(self._system.search_with(wanted), query, k)
-        return found
+        return self.store.recall(self._system.search_with(wanted), query, k)
 
     def cubes(self, *, valid_at: datetime | None = None, turns: bool = True) -> list[MemCube]:
         """All live text memories, oldest first.
@@ -184,7 +190,8 @@ class PersonaMemory:
     def forget(self, query_or_cube_id: str) -> Receipt:
         """Erase one memory by cube id, or every memory that contains a phrase, and all that derives from it.
 
-        Memories that a rollback took out of sight are found too.
+        A phrase is found as whole words, in any case: "art" is not in "party". Memories that a rollback
+        took out of sight are found too.
 
         Raises:
             FrozenError: one of them is held with a legal basis; nothing was erased.
@@ -192,10 +199,11 @@ class PersonaMemory:
         """
         if not isinstance(query_or_cube_id, str) or not query_or_cube_id.strip():
             raise InvalidInputError("There is nothing to look for.", hint="Give a cube id or a phrase.")
-        phrase = query_or_cube_id.strip().casefold()
+        words = re.escape(query_or_cube_id.strip().casefold())
+        phrase = re.compile(rf"(?<!\w){words}(?!\w)")
         cubes = self.store.all_cubes(self.owner) if self.store.kind_of(self.owner) else []
         found = [cube.id for cube in cubes if cube.id == query_or_cube_id] or [
-            cube.id for cube in cubes if cube.text is not None and phrase in cube.text.casefold()
+            cube.id for cube in cubes if cube.text is not None and phrase.search(cube.text.casefold())
         ]
         if not found:
             raise NotFoundError(

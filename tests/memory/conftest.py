@@ -1,10 +1,9 @@
 """Fixtures of the memory tests: an open store, a small embedder and a maker of drafts.
 
-A test that takes `store` or `open_store` runs on every kind of database. One that takes `folder` as well is
-about SQLite's files and runs on SQLite alone.
+A test that takes `store` or `open_store` runs on every kind of database. One that takes `folder` as well, by
+itself or by a fixture, is about SQLite's files and runs on SQLite alone.
 """
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -26,8 +25,7 @@ _numbers = itertools.count()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        about_files = "folder" in inspect.signature(metafunc.function).parameters
-        kinds = ("sqlite",) if about_files else ("sqlite", "postgres")
+        kinds = ("sqlite",) if "folder" in metafunc.fixturenames else ("sqlite", "postgres")
         metafunc.parametrize("backend", kinds, scope="session")
 
 

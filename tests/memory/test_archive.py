@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
+from sqlalchemy import insert, select
 
 from persona_sdk.errors import ArchiveError, InvalidInputError, NotFoundError, StoreError
 from persona_sdk.memory import CubeDraft, MemoryStore, Source
+from persona_sdk.memory.schema import grants, snapshots, states, uses
 from persona_sdk.testing import HashEmbedder
 
 Members = dict[str, bytes]
@@ -166,8 +168,11 @@ def read(path: Path) -> Members:
 
 
 def pack(path: Path, members: Members, *, sign: bool = True, compress: bool = False) -> Path:
-    """Write members as an archive, with a manifest that matches them unless `sign` is False."""
-    members = dict(members)
+    """Write members as an unsigned archive, with a manifest that matches them unless `sign` is False.
+
+    Unsigned, or every attack would be refused for its signature alone.
+    """
+    members = {name: data for name, data in members.items() if name != "signature.json"}
     if sign:
         manifest = json.loads(members["manifest.json"])
         manifest["members"] = {
@@ -217,6 +222,27 @@ def other_tensors(members: Members) -> None:
     members[blob_of(members)] = save({"m.A": torch.zeros(3)})
 
 
+def state(**changes: object) -> Callable[[Members], None]:
+    """Give a cube of the archive a state of life, wrong in one way."""
+    found = {"before": "generated", "state": "activated", "since": "2026-01-01T00:00:00Z", "reason": ""}
+    return edit("cubes.jsonl", lambda lines: lines[1].update(state=found | changes))
+
+
+def use(**changes: object) -> Callable[[Members], None]:
+    found = {"hits": 1, "strength": 1.0, "last_used": "2026-01-01T00:00:00Z"}
+    return edit("cubes.jsonl", lambda lines: lines[1].update(use=found | changes))
+
+
+def snapshot(*names: str, revision: int = 1) -> Callable[[Members], None]:
+    line = {"revision": revision, "at": "2026-01-01T00:00:00Z"}
+    return put("snapshots.jsonl", b"\n".join(json.dumps(line | {"name": name}).encode() for name in names))
+
+
+def format_1_with_snapshots(members: Members) -> None:
+    snapshot("monday")(members)
+    manifest(format=1)(members)
+
+
 def no_cubes(lines: list[dict[str, Any]]) -> None:
     del lines[2:]
 
@@ -238,7 +264,7 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
             created_at="9999-12-31T23:59:59-05:00"
         ),
     ),
-    "unknown format": manifest(format=2),
+    "unknown format": manifest(format=3),
     "unknown key": manifest(run="now"),
     "bad owner": manifest(owner="../x"),
     "bad kind": manifest(kind="admin"),
@@ -274,6 +300,16 @@ HOSTILE: dict[str, Callable[[Members], None]] = {
     "leaves a group it is not in": edit("revisions.jsonl", lambda lines: lines[0].update(left=["zz"])),
     "the forgotten lives": edit("revisions.jsonl", lambda lines: lines[4].update(retired=[])),
     "no revision": put("revisions.jsonl", b""),
+    "a state nothing leads to": state(before="merged", state="generated"),
+    "an unknown state": state(state="deleted"),
+    "a state with SQL in it": state(state="x'; DROP TABLE cubes; --"),
+    "a use that never ends": use(strength=float("inf")),
+    "less than no use": use(hits=-1),
+    "a snapshot twice": snapshot("monday", "monday"),
+    "a snapshot of the future": snapshot("monday", revision=6),
+    "a snapshot without a name": snapshot(""),
+    "a tombstone that speaks": edit("cubes.jsonl", lambda lines: lines[0].update(reason="said: hi")),
+    "format 1 with snapshots": format_1_with_snapshots,
 }
 
 
@@ -402,3 +438,98 @@ def test_an_archive_joins_no_group_unless_asked(tmp_path: Path) -> None:
         other.import_archive(archive)
         assert other.groups("mallory") == ()
         assert other.groups("mallory", revision=1) == ()
+
+
+def test_states_uses_and_snapshots_come_along(store: MemoryStore, tmp_path: Path) -> None:
+    now = "2026-01-02T03:04:05.000000+00:00"
+    first, *others = (cube.id for cube in store.cubes("alice"))
+    life = {"owner": "alice", "since": now, "reason": "hold", "legal_basis": "court order 7"}
+    use_row = {"owner": "alice", "cube_id": first, "hits": 3, "strength": 1.5, "last_used": now}
+    with store.writing() as connection:
+        frozen = {"cube_id": first, "before": "activated", "state": "frozen"}
+        archived = {"cube_id": others[0], "before": "generated", "state": "archived"}
+        connection.execute(insert(states), [life | frozen, life | archived])
+        connection.execute(insert(uses).values(**use_row))
+        connection.execute(insert(snapshots).values(owner="alice", name="monday", revision=2, at=now))
+        grant = {
+            "owner": "alice",
+            "cube_id": first,
+            "principal": "user:zqgrantee",
+            "right": "read",
+            "at": now,
+        }
+        connection.execute(insert(grants).values(**grant))
+    path = store.export("alice", tmp_path / "x.memcube")
+    assert b"zqgrantee" not in b"".join(read(path).values()), "grants name others"
+
+    def lives(owner: str) -> list[tuple[object, ...]]:
+        with store.reading() as connection:
+            columns = (states.c.before, states.c.state, states.c.reason, states.c.legal_basis)
+            found = connection.execute(select(*columns).where(states.c.owner == owner).order_by("state"))
+            return [tuple(row) for row in found]
+
+    store.import_archive(path, as_id="trusted")
+    assert lives("trusted") == lives("alice")
+    with store.reading() as connection:
+        for table, expected in (
+            (uses, ("hits", "strength", "last_used")),
+            (snapshots, ("name", "revision", "at")),
+        ):
+            rows = [
+                [tuple(getattr(row, name) for name in expected)]
+                for owner in ("alice", "trusted")
+                for row in connection.execute(select(table).where(table.c.owner == owner))
+            ]
+            assert len(rows) == 2
+            assert rows[0] == rows[1]
+    unsigned = pack(tmp_path / "unsigned.memcube", read(path))
+    store.import_archive(unsigned, as_id="unsigned")
+    assert lives("unsigned") == [
+        ("generated", "activated", "hold", None),
+        ("generated", "archived", "hold", "court order 7"),
+    ], "who is not trusted cannot forbid to forget"
+
+
+def test_an_archive_of_format_1_still_comes_in(archive: Path, tmp_path: Path) -> None:
+    members = read(archive)
+    for name in ("cubes.jsonl",):
+        lines = [json.loads(line) for line in members[name].splitlines()]
+        for line in lines:
+            for key in ("state", "use", "reason"):
+                line.pop(key, None)
+        members[name] = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    manifest(format=1)(members)
+    with MemoryStore.open(tmp_path / "other") as other:
+        path = pack(tmp_path / "old.memcube", members)
+        assert other.inspect_archive(path).format == 1
+        assert other.import_archive(path, keep_groups=True) == "alice"
+        assert other.head("alice") == 5
+        assert len(other.history("alice")[3].added) == 1
+
+
+def test_text_that_swells_like_a_bomb_is_refused_but_never_written_so(
+    victim: MemoryStore, archive: Path, tmp_path: Path
+) -> None:
+    path, members = tmp_path / "x.memcube", read(archive)
+    members["cubes.jsonl"] += b"\n" * (4 << 20)
+    pack(path, members)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "bomb.memcube", "w") as target:
+        for name in source.namelist():
+            kind = zipfile.ZIP_DEFLATED if name == "cubes.jsonl" else zipfile.ZIP_STORED
+            target.writestr(name, source.read(name), compress_type=kind)
+    assert_refused(victim, tmp_path / "bomb.memcube")
+    with MemoryStore.open(tmp_path / "other") as other:
+        other.commit("alice", add=[CubeDraft.of("a" * (3 << 20))])  # shrinks to a thousandth
+        swollen = other.export("alice", tmp_path / "swollen.memcube")
+        assert other.import_archive(swollen, as_id="again") == "again"
+
+
+def test_parents_follow_their_cubes(store: MemoryStore, tmp_path: Path) -> None:
+    (old,) = store.commit("carol", add=[CubeDraft.of("lives in Paris")]).added
+    store.commit("carol", add=[CubeDraft.of("lives in Lyon", parents=(old,))], retire=[old])
+    path = store.export("carol", tmp_path / "carol.memcube")
+    store.import_archive(path, as_id="copy")
+    earlier, later = store.all_cubes("copy")
+    assert later.header.parents == (earlier.id,) != (old,)
+    assert set(store.forget("copy", [later.id]).cube_ids) == {earlier.id, later.id}
+    assert len(store.all_cubes("carol")) == 2

@@ -179,11 +179,11 @@ def test_an_event_refuses_text(store: MemoryStore) -> None:
 
 
 @pytest.fixture
-def raw(store: MemoryStore) -> Iterator[sqlite3.Connection]:
+def raw(folder: Path, store: MemoryStore) -> Iterator[sqlite3.Connection]:
     """Somebody with the file and without the triggers."""
     busy(store)
     assert store.verify_audit("alice") == []
-    with closing(sqlite3.connect(store.folder / "personas.db", isolation_level=None)) as raw:
+    with closing(sqlite3.connect(folder / "personas.db", isolation_level=None)) as raw:
         for name in ("events_never_change", "events_stay"):
             raw.execute(f"DROP TRIGGER {name}")
         yield raw

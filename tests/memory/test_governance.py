@@ -35,7 +35,8 @@ SERVICE = Principal("indexer", "service")
 
 # Of the store itself, not of a persona in it: whoever holds the store has them, no principal does.
 MAINTENANCE = {
-    "announce", "blobs_written", "close", "drop_unnamed", "on_forget", "open", "reading", "scrub", "sweep",
+    "announce", "announce_derived", "blobs_written", "close", "drop_unnamed", "keep_blob",
+    "on_derived_erased", "on_forget", "open", "reading", "rotate_master_key", "scrub", "sweep", "unlock",
     "writing",
 }  # fmt: skip
 
@@ -67,6 +68,7 @@ CALLS: dict[str, Call] = {
     "head": lambda s, owner, i, b, r, p: s.head(owner),
     "history": lambda s, owner, i, b, r, p: s.history(owner),
     "import_archive": lambda s, owner, i, b, r, p: s.import_archive(p / "bob.memcube", as_id=owner),
+    "inspect_archive": lambda s, owner, i, b, r, p: s.inspect_archive(p / "bob.memcube").format,
     "kind_of": lambda s, owner, i, b, r, p: s.kind_of(owner),
     "load_blob": lambda s, owner, i, b, r, p: s.load_blob(owner, b),
     "lookup": lambda s, owner, i, b, r, p: s.lookup(owner, [i]),
@@ -74,6 +76,7 @@ CALLS: dict[str, Call] = {
     "merge": lambda s, owner, i, b, r, p: s.merge(owner, [i], CubeDraft.of("planted")),
     "missing_vectors": lambda s, owner, i, b, r, p: s.missing_vectors(owner, "e"),
     "personas": lambda s, owner, i, b, r, p: s.personas(),
+    "public_key": lambda s, owner, i, b, r, p: s.public_key(),
     "recall": lambda s, owner, i, b, r, p: s.recall(r, "secret", owners=[owner]),
     "record_uses": lambda s, owner, i, b, r, p: s.record_uses(owner, [i], NOW),
     "revoke": lambda s, owner, i, b, r, p: s.revoke(owner, i, CAROL),

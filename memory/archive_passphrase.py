@@ -1,0 +1,71 @@
+"""An archive under a passphrase: one AES-256-GCM message around the whole zip file.
+
+    file = "PSDKMEM2" || salt (16) || nonce (12) || AES-256-GCM(key, nonce, zip, "PSDKMEM2")
+    key  = scrypt(passphrase, salt, n = 2^15, r = 8, p = 1), 32 bytes
+
+The costs belong to the mark at the beginning and are not read from the file, so that no file can make
+opening it dear. A passphrase that can be guessed is no protection: use one that was generated.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from persona_sdk.errors import ArchiveError, InvalidInputError
+from persona_sdk.memory.encryption import MAX_BLOB, NONCE_BYTES, TAG_BYTES, aead
+
+MARK = b"PSDKMEM2"
+_SALT_BYTES = 16
+_HEAD = len(MARK) + _SALT_BYTES + NONCE_BYTES
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is an archive under a passphrase."""
+    with path.open("rb") as file:
+        return file.read(len(MARK)) == MARK
+
+
+def seal(data: bytes, passphrase: str) -> bytes:
+    """The bytes of an archive under a passphrase.
+
+    Raises:
+        InvalidInputError: the passphrase is empty or the archive is 2 GiB or larger.
+        StoreError: the extra ``[crypto]`` is not installed.
+    """
+    if not passphrase or len(data) > MAX_BLOB:
+        raise InvalidInputError(
+            f"{len(data)} bytes cannot be put under this passphrase.",
+            hint="Expected a passphrase that is not empty, and less than 2 GiB.",
+        )
+    salt, nonce = os.urandom(_SALT_BYTES), os.urandom(NONCE_BYTES)
+    sealed: bytes = aead(_key(passphrase, salt)).encrypt(nonce, data, MARK)
+    return MARK + salt + nonce + sealed
+
+
+def unseal(path: Path, passphrase: str | None) -> bytes:
+    """Inverse of `seal`, of a file.
+
+    Raises:
+        ArchiveError: the passphrase is missing or wrong, or the file was changed.
+        StoreError: the extra ``[crypto]`` is not installed.
+    """
+    if passphrase is None:
+        raise ArchiveError("The archive is under a passphrase.", hint="Give it as passphrase=...")
+    if not _HEAD + TAG_BYTES <= path.stat().st_size <= _HEAD + TAG_BYTES + MAX_BLOB:
+        raise ArchiveError("The archive has an impossible size.", hint="Take it from its source again.")
+    data = path.read_bytes()
+    salt, nonce = data[len(MARK) : len(MARK) + _SALT_BYTES], data[_HEAD - NONCE_BYTES : _HEAD]
+    cipher = aead(_key(passphrase, salt))
+    from cryptography.exceptions import InvalidTag
+
+    try:
+        opened: bytes = cipher.decrypt(nonce, data[_HEAD:], MARK)
+    except InvalidTag as error:
+        raise ArchiveError(
+            "The archive does not open with this passphrase.", hint="It is wrong, or the file was changed."
+        ) from error
+    return opened
+
+
+def _key(passphrase: str, salt: bytes) -> bytes:
+    return hashlib.scrypt(passphrase.encode(), salt=salt, n=1 << 15, r=8, p=1, maxmem=1 << 26, dklen=32)
