@@ -24,8 +24,7 @@ from typing import Protocol, runtime_checkable
 from persona_sdk.errors import InvalidInputError, RateLimitError
 from persona_sdk.memory.cube import TRUST_ORDER, CubeDraft, MemCube, Trust
 from persona_sdk.memory.governance import Principal
-
-QUARANTINE = "quarantine"
+from persona_sdk.memory.screening import QUARANTINED
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,14 @@ class DenyList:
 
 
 class Quarantine(DenyList):
-    """Lets through what matches, but as untrusted as the web, and with the tag ``quarantine``."""
+    """Lets through what matches, but as untrusted as the web, and with the tag of `screening`."""
 
     def __call__(self, write: Write) -> CubeDraft:
         """Mark what matches."""
         if not self.matches(write.draft):
             return write.draft
         draft = _at_most(write.draft, "web")
-        tags = tuple(dict.fromkeys((*draft.header.tags, QUARANTINE)))
+        tags = tuple(dict.fromkeys((*draft.header.tags, QUARANTINED)))
         return replace(draft, header=draft.header.model_copy(update={"tags": tags}))
 
 
