@@ -80,6 +80,8 @@ def allowed(one: CubeFacts, options: SchedulerOptions) -> str | None:
         return "It is frozen."
     if one.state == "archived":
         return "It is archived."
+    if one.doubtful:
+        return "It reads like an instruction, or contradicts what is better founded."
     if one.sensitivity == "special":
         return "It is of a special category and stays text."
     if TRUST_ORDER.index(one.trust) > TRUST_ORDER.index(options.least_trust):

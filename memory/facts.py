@@ -16,11 +16,14 @@ from persona_sdk.memory import revisions, rows
 from persona_sdk.memory.cube import Kind, MemCube, Sensitivity, State, Trust
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.schema import from_column, uses
+from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.slots import UNCONFIRMED
 
 PREFIX = "prefix_kv"  # semantic type of an activation cube: keys and values of a persona's stable prefix
 PROMOTION = "promotion"  # ... of one without tensors: its sources are the texts that stand in that prefix
 REJECTION = "rejection"  # of a parametric cube without tensors: its sources are texts weights did not learn
 ADAPTER = "adapter"
+DOUBTFUL = frozenset({QUARANTINED, UNCONFIRMED})  # tags of what is kept, found, and in no prompt
 _CHARACTERS = 4  # of a token of English, where nobody can count
 
 
@@ -31,7 +34,7 @@ class CubeFacts:
     ``sources`` are the owner's own cubes it was computed from, and ``complete`` says whether they are all
     live with the content they had. ``derived`` cubes were made from others by the scheduler, so they can be
     made again. ``strength`` is the decayed count of uses at ``last_used``. ``stable_since`` is when the
-    statement was first made in these words.
+    statement was first made in these words. ``doubtful`` ones bear a tag of `DOUBTFUL` and are never pinned.
     """
 
     id: str
@@ -47,6 +50,7 @@ class CubeFacts:
     last_used: datetime | None = None
     expires_at: datetime | None = None
     pinned: bool = False
+    doubtful: bool = False
     trust: Trust = "user"
     sensitivity: Sensitivity = "normal"
     priority: int = 0
@@ -108,7 +112,8 @@ def facts_of(
                 created_at=header.created_at,
                 stable_since=min(version.header.created_at for version in same),
                 expires_at=header.expires_at,
-                pinned=header.attributes.get("pinned") is True,
+                pinned=header.attributes.get("pinned") is True and not DOUBTFUL & set(header.tags),
+                doubtful=bool(DOUBTFUL & set(header.tags)),
                 trust=header.trust,
                 sensitivity=header.sensitivity,
                 priority=header.priority,

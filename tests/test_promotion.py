@@ -155,6 +155,29 @@ class TestKeysAndValues:
         cache.update(*(payload[name][0].transpose(0, 1)[None] for name in ("keys", "values")), 0)
         assert cache.get_seq_length() == len(payload["tokens"]) == facts.length == payload["keys"].shape[1]
 
+    def test_defect_2_every_text_is_attended_to(self, model):
+        """A text whose tokens were dropped could be anything: here each one changes the logits after it."""
+        remember(model)
+        Promoter(model, KV).run("alice")
+        (cube,) = live(model, PREFIX)
+        payload = model.store.load_blob("alice", cube.blob)
+        prompt = model.persona("alice").chat("What do you know?", recall_k=0, **FAST).prompt_tokens
+        length = payload["keys"].shape[1]
+        rest = torch.tensor([prompt[length:]])
+
+        def logits(changed):
+            cache = DynamicCache()
+            for layer in range(payload["keys"].shape[0]):
+                pair = [payload[name][layer].transpose(0, 1)[None].clone() for name in ("keys", "values")]
+                pair[1][:, :, changed] += 1.0
+                cache.update(*pair, layer)
+            with torch.inference_mode():
+                return model.base.module(input_ids=rest, past_key_values=cache, use_cache=True).logits[0, -1]
+
+        whole = logits(slice(0, 0))
+        for position in range(length):
+            assert not torch.equal(logits(slice(position, position + 1)), whole), position
+
     def test_defect_3_generation_appends_to_a_copy(self, model):
         remember(model)
         Promoter(model, KV).run("alice")
