@@ -21,6 +21,9 @@ from pydantic import Field
 from persona_sdk.config import FrozenConfig
 from persona_sdk.memory.cube import TRUST_ORDER, Trust
 from persona_sdk.memory.facts import CubeFacts
+from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.slots import UNCONFIRMED
+from persona_sdk.memory.turns import TURN
 
 Move: TypeAlias = Literal[
     "expire", "archive", "demote_weights", "demote_kv", "text_to_weights", "text_to_kv", "keep"
@@ -74,8 +77,18 @@ class Decision:
     reason: str
 
 
-def allowed(one: CubeFacts, options: SchedulerOptions) -> str | None:
+def allowed(one: CubeFacts, options: SchedulerOptions, now: datetime) -> str | None:
     """None if a text may speak in every prompt or enter weights, else why not."""
+    if one.valid_to is not None and one.valid_to <= now:
+        return "It is no longer so."
+    if one.valid_from is not None and one.valid_from > now:
+        return "It is not so yet."
+    if UNCONFIRMED in one.tags:
+        return "It contradicts something better founded and is unconfirmed."
+    if QUARANTINED in one.tags:
+        return "It reads like an instruction and is quarantined."
+    if one.semantic_type == TURN:
+        return "It is a recorded turn, of which nobody knows whether it is still so."
     if one.state == "frozen":
         return "It is frozen."
     if one.state == "archived":

@@ -44,7 +44,10 @@ class CubeFacts:
     hits: int = 0
     strength: float = 0.0
     last_used: datetime | None = None
+    valid_from: datetime | None = None
+    valid_to: datetime | None = None
     expires_at: datetime | None = None
+    tags: tuple[str, ...] = ()
     pinned: bool = False
     trust: Trust = "user"
     sensitivity: Sensitivity = "normal"
@@ -105,7 +108,10 @@ def facts_of(
                 last_used=max((from_column(row.last_used) for row in mine), default=None),
                 created_at=header.created_at,
                 stable_since=min(version.header.created_at for version in same),
+                valid_from=header.valid_from,
+                valid_to=header.valid_to,
                 expires_at=header.expires_at,
+                tags=header.tags,
                 pinned=header.attributes.get("pinned") is True,
                 trust=header.trust,
                 sensitivity=header.sensitivity,

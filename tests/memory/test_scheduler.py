@@ -13,6 +13,9 @@ from persona_sdk.memory.cube import TRUST_ORDER, Origin
 from persona_sdk.memory.facts import ADAPTER, PREFIX, PROMOTION, REJECTION, CubeFacts, facts_of
 from persona_sdk.memory.scheduler import SchedulerOptions, decide, explain
 from persona_sdk.memory.schema import to_column, uses
+from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.slots import UNCONFIRMED
+from persona_sdk.memory.turns import TURN
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 OPTIONS = SchedulerOptions(kv_bytes=100, lora_bytes=1000, activation_bytes=100_000, parametric_bytes=5000)
@@ -50,6 +53,15 @@ def reason_of(decisions, cube_id):
     return " ".join(made.reason for made in decisions if cube_id in made.cubes)
 
 
+# What must neither stand in every prompt nor enter weights, however often it was used.
+DOUBTS = [
+    ({"valid_to": NOW}, "no longer so"),
+    ({"valid_from": NOW + DAY}, "not so yet"),
+    ({"tags": ("mine", UNCONFIRMED)}, "unconfirmed"),
+    ({"tags": (QUARANTINED,)}, "quarantined"),
+    ({"semantic_type": TURN}, "turn"),
+]
+
 STATES = st.sampled_from(["generated", "activated", "merged", "archived", "frozen"])
 
 
@@ -71,6 +83,9 @@ def scenes(draw):
             sensitivity=draw(st.sampled_from(["normal", "personal", "special"])),
             priority=draw(st.integers(-1, 1)),
             expires_at=draw(st.sampled_from([None, NOW - DAY, NOW + DAY])),
+            valid_from=draw(st.sampled_from([None, NOW - DAY, NOW + DAY])),
+            valid_to=draw(st.sampled_from([None, NOW, NOW + DAY])),
+            tags=draw(st.sampled_from([(), (), (UNCONFIRMED,), (QUARANTINED,)])),
         )
         for number in range(count)
     ]
@@ -164,6 +179,9 @@ class TestWhatAlwaysHolds:
                 assert one.trust in ("system", "confirmed", "user")
                 assert one.state not in ("frozen", "archived")
                 assert one.expires_at is None
+                assert one.valid_to is None
+                assert not one.tags
+                assert one.valid_from is None or one.valid_from <= NOW
                 assert one.hits >= options.weights_min_hits
                 assert NOW - one.stable_since >= options.weights_min_days * DAY
 
@@ -265,6 +283,19 @@ class TestKeysAndValues:
         assert [made.kind for made in decisions] == ["keep"]
         assert next(iter(mark.values())) in decisions[0].reason
 
+    @pytest.mark.parametrize(("mark", "why"), DOUBTS)
+    def test_nor_what_is_not_so_or_in_doubt(self, mark, why):
+        decisions = decide([text("a", hits=50, **mark)], OPTIONS, NOW)
+        assert [made.kind for made in decisions] == ["keep"]
+        assert why in decisions[0].reason
+
+    def test_what_is_over_leaves_the_prefix(self):
+        over = text("a", hits=10, valid_to=NOW)
+        cubes = [over, promotion("p", ["a"]), derived("k", ["a"])]
+        assert moves(decide(cubes, OPTIONS, NOW), "demote_kv") == [{"a"}, {"k"}]
+        earlier = decide(cubes, OPTIONS, NOW - DAY)
+        assert not moves(earlier, "demote_kv")
+
     def test_outdated_keys_leave(self):
         cubes = [text("a", hits=1), derived("k", ["a", "z"], complete=False)]
         assert moves(decide(cubes, OPTIONS, NOW), "demote_kv") == [{"k"}]
@@ -294,6 +325,8 @@ class TestWeights:
             {"hits": 4},
             {"since": 6},
             {"expires_at": NOW + DAY},
+            {"valid_to": NOW + DAY},
+            *(mark for mark, _ in DOUBTS),
         ],
     )
     def test_others_do_not(self, change):
@@ -357,6 +390,12 @@ class TestFacts:
         (one,) = facts_of(store, "alice", count=lambda given: len(given.split()))
         assert (one.tokens, one.bytes, one.hits, one.strength, one.last_used) == (2, 9, 3, 2.5, NOW)
         assert (one.trust, one.sensitivity, one.pinned, one.derived) == ("tool", "special", False, False)
+
+    def test_of_validity_and_tags(self, store):
+        header = {"valid_from": NOW - DAY, "valid_to": NOW, "tags": (UNCONFIRMED,)}
+        store.commit("alice", add=[CubeDraft.of("Lives in Paris.", **header)])
+        (one,) = facts_of(store, "alice")
+        assert (one.valid_from, one.valid_to, one.tags) == (NOW - DAY, NOW, (UNCONFIRMED,))
 
     def test_other_owners_count_for_nothing(self, store):
         mine = store.commit("alice", add=[CubeDraft.of("Two dogs.")]).added[0]
