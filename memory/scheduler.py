@@ -181,6 +181,8 @@ def _choose(scene: Scene, given: Sequence[CubeFacts], before: Collection[str], r
             continue
         if one.id not in before and one.hits < options.kv_min_hits:
             continue
+        if one.id in before and scene.idle_days(one) > options.cold_days:
+            continue
         if scene.value(one) <= one.tokens * price:
             continue
         after = tokens + one.tokens
