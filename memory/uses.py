@@ -59,7 +59,7 @@ def record(store: StoreCore, owner: str, ids: Sequence[str], at: datetime) -> No
     if at.tzinfo is None or isinstance(ids, str) or not ids:
         raise InvalidInputError("A use needs a time with a zone, and ids in a list.", hint="Give both.")
     wanted = list(dict.fromkeys(ids))
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         found = rows.lookup(connection, owner, wanted)
         if missing := [cube_id for cube_id in wanted if cube_id not in found]:
             raise NotFoundError(
