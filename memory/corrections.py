@@ -18,8 +18,8 @@ from pydantic import Field
 
 from persona_sdk.config import FrozenConfig
 from persona_sdk.errors import InvalidInputError
+from persona_sdk.memory.correction_grammar import Correction, correction_in
 from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Origin, Source, TextEncoder
-from persona_sdk.memory.distil import Correction, distil
 from persona_sdk.memory.enrichment import Change
 from persona_sdk.memory.screening import Screen
 from persona_sdk.memory.store import MemoryStore
@@ -60,7 +60,7 @@ class Corrections:
         Raises:
             NotFoundError: the turn was forgotten meanwhile.
         """
-        found = None if self._screen.suspicious(text) else distil(text, task=task)
+        found = None if self._screen.suspicious(text) else correction_in(text, task=task)
         if found is None or found.scope == "turn":
             return None
         head = self._store.head(owner)

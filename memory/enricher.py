@@ -13,18 +13,18 @@ from torch import Tensor
 
 from persona_sdk.errors import NotFoundError, RevisionConflictError
 from persona_sdk.memory import pending, slots, turns
+from persona_sdk.memory.correction_grammar import Correction, correction_in
 from persona_sdk.memory.corrections import Corrections
 from persona_sdk.memory.cube import MemCube, TextEncoder
-from persona_sdk.memory.distil import Correction, distil
 from persona_sdk.memory.enrichment import Change, Ledger, held_of
 from persona_sdk.memory.extraction import Extractor
 from persona_sdk.memory.pending import Waiting
+from persona_sdk.memory.reports import Failure, FlushReport, WriterConfig
 from persona_sdk.memory.salience import salient
 from persona_sdk.memory.screening import QUARANTINED
 from persona_sdk.memory.slots import Held
 from persona_sdk.memory.statement import Statement
 from persona_sdk.memory.store import MemoryStore
-from persona_sdk.memory.written import Failure, FlushReport, WriterConfig
 
 logger = logging.getLogger("persona_sdk.memory")
 
@@ -206,7 +206,7 @@ class Enricher:
         """The corrections among the turns; of one trigger the last one counts, as often as it was made."""
         made: dict[str, tuple[Correction, list[MemCube]]] = {}
         for cube in asked:
-            found = distil(cube.text or "")
+            found = correction_in(cube.text or "")
             if found is not None and found.scope != "turn":
                 before = made.get(found.trigger)
                 same = before[1] if before and before[0].rule == found.rule else []

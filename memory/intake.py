@@ -13,10 +13,10 @@ from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, RevisionConflictError
 from persona_sdk.memory import pending, turns
 from persona_sdk.memory.cube import CubeDraft, TextEncoder, utc_now
+from persona_sdk.memory.reports import Observed
 from persona_sdk.memory.salience import echoes
 from persona_sdk.memory.screening import QUARANTINED, Screen
 from persona_sdk.memory.store import MemoryStore
-from persona_sdk.memory.written import Observed
 
 logger = logging.getLogger("persona_sdk.memory")
 

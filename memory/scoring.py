@@ -20,8 +20,8 @@ from pydantic import AwareDatetime, Field
 
 from persona_sdk.config import FrozenConfig
 from persona_sdk.memory import fusion, ranking
+from persona_sdk.memory.calendar_spans import Interval
 from persona_sdk.memory.cube import TRUST_ORDER
-from persona_sdk.memory.dates import Interval
 from persona_sdk.memory.governance import OWNER, Standing
 from persona_sdk.memory.index import dense_scores
 from persona_sdk.memory.passage import Why

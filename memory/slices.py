@@ -28,8 +28,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int
 
 from persona_sdk.errors import StoreError
+from persona_sdk.memory.calendar_spans import MONTHS
 from persona_sdk.memory.cube import TRUST_ORDER
-from persona_sdk.memory.dates import MONTHS
 from persona_sdk.memory.lexical import Counts, Postings
 
 APPROXIMATE_ABOVE = 20_000  # rows; below, comparing all takes less than 3 ms
@@ -102,9 +102,7 @@ class Slice:
             vectors=_matrix([row.data for row in rows]),
             counts=Counts.of(texts),
             # Only whether two sessions are the same is asked, so their hashes do; 0 is no session.
-            sessions=_column(
-                [hash(s) if (s := header["origin"]["session"]) else 0 for header in headers], np.int64
-            ),
+            sessions=_column([_session(header["origin"]) for header in headers], np.int64),
             created=_column([moment.timestamp() for moment in made], np.float64),
             valid_from=_times([row.valid_from for row in rows], -np.inf),
             valid_to=_times([row.valid_to for row in rows], np.inf),
@@ -186,6 +184,11 @@ class Slice:
             derived=derived,
             **columns,
         )
+
+
+def _session(origin: dict[str, Any]) -> int:
+    """The session a row is part of. What was derived from a turn stands beside it, not after it."""
+    return hash(origin["session"]) if origin["session"] and origin["kind"] != "derived" else 0
 
 
 def _day(moment: datetime) -> str:

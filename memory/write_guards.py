@@ -26,8 +26,6 @@ from persona_sdk.memory.cube import TRUST_ORDER, CubeDraft, MemCube, Trust
 from persona_sdk.memory.governance import Principal
 from persona_sdk.memory.screening import QUARANTINED
 
-QUARANTINE = QUARANTINED  # one tag, whoever sets it: prompts and the scheduler look at it
-
 
 @dataclass(frozen=True)
 class Write:
@@ -126,14 +124,14 @@ class DenyList:
 
 
 class Quarantine(DenyList):
-    """Lets through what matches, but as untrusted as the web, and tagged `QUARANTINE`, so in no prompt."""
+    """Lets through what matches, but as untrusted as the web, and with the tag of `screening`."""
 
     def __call__(self, write: Write) -> CubeDraft:
         """Mark what matches."""
         if not self.matches(write.draft):
             return write.draft
         draft = _at_most(write.draft, "web")
-        tags = tuple(dict.fromkeys((*draft.header.tags, QUARANTINE)))
+        tags = tuple(dict.fromkeys((*draft.header.tags, QUARANTINED)))
         return replace(draft, header=draft.header.model_copy(update={"tags": tags}))
 
 

@@ -26,10 +26,10 @@ from persona_sdk.memory.enrichment import Change, held_of
 from persona_sdk.memory.extraction import Extractor, RuleExtractor
 from persona_sdk.memory.intake import Intake
 from persona_sdk.memory.pending import Waiting
+from persona_sdk.memory.reports import Failure, FlushReport, Observed, WriterConfig
 from persona_sdk.memory.slots import UNCONFIRMED, Held
 from persona_sdk.memory.statement import Statement
 from persona_sdk.memory.store import MemoryStore
-from persona_sdk.memory.written import Failure, FlushReport, Observed, WriterConfig
 
 logger = logging.getLogger("persona_sdk.memory")
 

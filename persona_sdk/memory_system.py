@@ -24,10 +24,10 @@ from persona_sdk.memory import (
 from persona_sdk.memory.cube import PersonaKind, utc_now
 from persona_sdk.memory.expiry import expire
 from persona_sdk.memory.extraction import Extractor
+from persona_sdk.memory.reports import FlushReport, Observed
 from persona_sdk.memory.revisions import head
 from persona_sdk.memory.turns import Messages
 from persona_sdk.memory.writer import MemoryWriter
-from persona_sdk.memory.written import FlushReport, Observed
 
 
 class MemorySystem:

@@ -17,7 +17,7 @@ from persona_sdk.library import SHARED, commit_edit, split_name
 from persona_sdk.materialize import Materialized, materialize
 from persona_sdk.memory import MemCube, Passage, Receipt, Revision, turns
 from persona_sdk.memory.cube import PersonaKind, utc_now
-from persona_sdk.memory.written import FlushReport
+from persona_sdk.memory.reports import FlushReport
 from persona_sdk.persona_memory import PersonaMemory
 from persona_sdk.prompting import Messages
 from persona_sdk.reply import Explanation, Reply, ReplyStream

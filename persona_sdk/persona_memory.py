@@ -33,9 +33,9 @@ from persona_sdk.memory.bound import BoundStore
 from persona_sdk.memory.cube import PersonaKind, State
 from persona_sdk.memory.events import Event, Head, acting_as
 from persona_sdk.memory.governance import Granted, Principal, PrincipalKind
+from persona_sdk.memory.reports import FlushReport, Observed
 from persona_sdk.memory.snapshots import MemoryView, Snapshot, When
 from persona_sdk.memory.turns import TURN
-from persona_sdk.memory.written import FlushReport, Observed
 from persona_sdk.prompting import Messages, parse_messages
 from persona_sdk.reply import Reply
 

@@ -231,7 +231,7 @@ class TestKeysAndValues:
         promoter = Promoter(model, KV)
         promoter.run("alice")
         for cube in cubes:
-            use(model, "alice", cube.id, hits=40, days=170)
+            use(model, "alice", cube.id, hits=40, days=400)
         assert set(status(promoter.run("alice"))) == {("demote_kv", "done")}
         assert live(model, PROMOTION) == []
         assert live(model, PREFIX) == []

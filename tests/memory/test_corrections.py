@@ -9,7 +9,8 @@ from sqlalchemy import insert
 
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import MemoryStore
-from persona_sdk.memory.corrections import CorrectionConfig, Corrections, distil
+from persona_sdk.memory.correction_grammar import correction_in
+from persona_sdk.memory.corrections import CorrectionConfig, Corrections
 from persona_sdk.memory.schema import states, to_column
 from persona_sdk.memory.writer import MemoryWriter
 from persona_sdk.testing import HashEmbedder
@@ -46,7 +47,7 @@ def rules(corrections: Corrections, owner: str = "alice") -> list[tuple[object, 
     ],
 )
 def test_corrections_are_distilled(text: str, trigger: str, rule: str) -> None:
-    found = distil(text)
+    found = correction_in(text)
     assert found is not None
     assert (found.trigger, found.rule, found.scope) == (trigger, rule, "always")
     assert found.evidence in text
@@ -67,7 +68,7 @@ def test_corrections_are_distilled(text: str, trigger: str, rule: str) -> None:
     ],
 )
 def test_other_talk_corrects_nothing(text: str) -> None:
-    assert distil(text) is None
+    assert correction_in(text) is None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_other_talk_corrects_nothing(text: str) -> None:
     ],
 )
 def test_scope(text: str, task: str, scope: str, about: str) -> None:
-    found = distil(text, task=task)
+    found = correction_in(text, task=task)
     assert found is not None
     assert (found.scope, found.task) == (scope, about)
 
@@ -194,5 +195,5 @@ def test_the_writer_learns_rules_from_turns_and_forgets_them_with_these(
 @given(st.text(max_size=300))
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_a_correction_or_is_not(text: str) -> None:
-    found = distil(text)
+    found = correction_in(text)
     assert found is None or (found.evidence in text and found.trigger and found.rule)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persona_sdk.memory.dates import Interval, parse
+from persona_sdk.memory.calendar_spans import Interval
+from persona_sdk.memory.dates import parse
 
 NOW = datetime(2023, 10, 18, 15, 30, tzinfo=UTC)
 
@@ -63,6 +64,17 @@ def days(start: str | None, end: str | None) -> Interval:
 )
 def test_dates_are_understood(text: str, start: str | None, end: str | None) -> None:
     assert parse(text, NOW) == days(start, end)
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [("last winter", 2024), ("this winter", 2025), ("next winter", 2026), ("last summer", 2025)],
+)
+def test_a_winter_that_began_last_year_is_this_winter(text: str, start: int) -> None:
+    span = parse(text, datetime(2026, 1, 15, tzinfo=UTC))
+    assert span is not None
+    assert span.start is not None
+    assert (span.start.year, span.start.month) == (start, 12 if "winter" in text else 6)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Patterns, plain form and time phrases, one case a line."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from persona_sdk.memory import when
+from persona_sdk.memory import dates, when
+from persona_sdk.memory.calendar_spans import Interval
 from persona_sdk.memory.clauses import asserted
 from persona_sdk.memory.cube import CubeHeader
 from persona_sdk.memory.grammar import PATTERNS, statements
@@ -85,8 +86,10 @@ def test_slots_and_values(text: str, slot: str, value: str, polarity: str) -> No
         ("last year", "2024-01-01", None),
         ("last month", "2025-02-01", None),
         ("this week", "2025-03-10", None),
-        ("last summer", "2024-07-01", None),
-        ("last winter", "2025-01-01", None),
+        ("last summer", "2024-06-01", None),
+        ("last winter", "2024-12-01", None),
+        ("in the summer of 2022", "2022-06-01", None),
+        ("last Friday", "2025-03-07", None),
         ("yesterday", "2025-03-09", None),
         ("two years ago", "2023-03-10", None),
         ("3 days ago", "2025-03-07", None),
@@ -115,6 +118,31 @@ def test_time_phrases(phrase: str, start: str | None, end: str | None) -> None:
 def test_a_month_lies_ahead_where_the_clause_speaks_of_the_future() -> None:
     assert when.cut("I'm moving to Lyon in June", SAID)[1].start == datetime(2025, 6, 1, tzinfo=UTC)
     assert when.cut("I moved to Lyon in June", SAID)[1].start == datetime(2024, 6, 1, tzinfo=UTC)
+
+
+@given(
+    st.datetimes(datetime(1950, 1, 1), datetime(2090, 1, 1)),
+    st.sampled_from(
+        [
+            *("last summer", "last winter", "this winter", "next fall", "in the summer of 2022", "last May"),
+            *("in May", "on 3 May 2024", "on May 3rd", "since 2019", "last week", "this weekend"),
+            *("yesterday", "last Friday", "two years ago", "a month ago", "3 weeks ago", "twelve days ago"),
+        ]
+    ),
+)
+@example(datetime(2026, 8, 15), "last summer")
+@example(datetime(2026, 1, 15), "last winter")
+@settings(deadline=None)
+def test_a_statement_begins_in_the_span_that_a_question_of_the_same_words_means(
+    moment: datetime, phrase: str
+) -> None:
+    moment = moment.replace(tzinfo=UTC)
+    span, (_, found) = dates.parse(phrase, moment), when.cut(f"I moved to Lyon {phrase}", moment)
+    assert span is not None
+    assert found.start is not None
+    assert Interval(found.start, found.start + timedelta(seconds=1)).overlaps(span)
+    if "ago" not in phrase:
+        assert found.start == span.start
 
 
 @given(st.datetimes(datetime(1, 1, 1), datetime(9999, 12, 31)), st.sampled_from(

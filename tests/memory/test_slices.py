@@ -18,6 +18,7 @@ from persona_sdk.memory import index as index_module
 from persona_sdk.memory.lexical import tokens
 from persona_sdk.memory.slice_cache import SliceCache
 from persona_sdk.memory.slices import Slice
+from persona_sdk.memory.writer import MemoryWriter
 from persona_sdk.testing import HashEmbedder
 
 Maker = Callable[..., CubeDraft]
@@ -88,6 +89,19 @@ def test_neighbours_are_those_of_the_same_session(
     found = take(SliceCache(store), store, "alice", embedder.fingerprint)
     assert found.before.tolist() == [-1, -1, 0, -1, 1, -1, 2]
     assert found.after.tolist() == [2, 4, 6, -1, -1, -1, -1]
+
+
+def test_statements_and_rules_are_no_neighbours_of_turns(store: MemoryStore, embedder: HashEmbedder) -> None:
+    writer = MemoryWriter(store, embedder)
+    for text in ("I live in Paris.", "Too long.", "I like tea."):
+        writer.observe("alice", text, session="a")
+        writer.flush("alice")
+    found = take(SliceCache(store), store, "alice", embedder.fingerprint)
+    row = {str(store.get("alice", name).text): place for place, name in enumerate(found.ids)}
+    assert found.before[row["Too long."]] == row["I live in Paris."]
+    assert found.before[row["I like tea."]] == row["Too long."]
+    assert found.after[row["I like tea."]] == -1
+    assert len(found.ids) == 6
 
 
 def test_a_memory_is_found_by_the_day_it_was_made(

@@ -6,7 +6,8 @@ from persona_sdk.errors import InvalidInputError, NotFoundError, RateLimitError
 from persona_sdk.memory import BoundStore, CubeDraft, MemoryStore, Principal, Source
 from persona_sdk.memory.cube import TRUST_ORDER
 from persona_sdk.memory.governance import SYSTEM
-from persona_sdk.memory.write_guards import QUARANTINE, DenyList, Quarantine, RateLimit, Write, WriteGuard
+from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.write_guards import DenyList, Quarantine, RateLimit, Write, WriteGuard
 
 ALICE, BOB = Principal("alice"), Principal("bob")
 
@@ -97,7 +98,7 @@ def test_denied_and_quarantined_words(store: MemoryStore, draft: CubeDraft) -> N
     assert len(store.all_cubes("alice")) == 1
     bound = BoundStore(store, ALICE, write_guards=[Quarantine(patterns)])
     held, free = (store.get("alice", i) for i in bound.commit("alice", add=[draft, CubeDraft.of("y")]).added)
-    assert (held.header.trust, QUARANTINE in held.header.tags) == ("web", True)
+    assert (held.header.trust, QUARANTINED in held.header.tags) == ("web", True)
     assert (free.header.trust, free.header.tags) == ("user", ())
 
 

@@ -149,7 +149,7 @@ _KNOWN_REGEX = [
 ]
 
 
-def distil(text: str, *, task: str = "") -> Correction | None:
+def correction_in(text: str, *, task: str = "") -> Correction | None:
     """The rule in a user's turn, None if it corrects nothing.
 
     `task` is what is being worked on, as "emails"; an unmarked correction then is about that task.
