@@ -7,7 +7,7 @@
 What was observed is found by the next search. A crash between the two leaves the task in the queue; one
 that fails is tried by later flushes, three times in all, and then reported by `MemoryWriter.failures`. The
 turn is there whatever happens to its enrichment. Statements name their turns as sources, so forgetting a
-turn erases them.
+turn erases them; what they had ended is open again after the owner's next flush (`reopening`).
 
 Only live turns are enriched. The tasks of a turn that was rolled back rest in the queue, not counted as
 waiting, and are done if a later rollback brings the turn back.
@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from persona_sdk.config import validate_id
-from persona_sdk.errors import NotFoundError
+from persona_sdk.errors import NotFoundError, RevisionConflictError
 from persona_sdk.memory import pending, turns
 from persona_sdk.memory.cube import MemCube, TextEncoder, Trust
 from persona_sdk.memory.enricher import Enricher
@@ -31,6 +31,7 @@ from persona_sdk.memory.flush_worker import FlushWorker
 from persona_sdk.memory.intake import Intake
 from persona_sdk.memory.pending import Waiting
 from persona_sdk.memory.recording import Recorder
+from persona_sdk.memory.reopening import Reopener
 from persona_sdk.memory.reports import Failure, FlushReport, Observed, WriterConfig
 from persona_sdk.memory.statement import Statement
 from persona_sdk.memory.store import MemoryStore
@@ -63,6 +64,7 @@ class MemoryWriter:
         self._intake = Intake(store, embedder, self.config.screen)
         self._enricher = Enricher(store, embedder, extractor or RuleExtractor(), self.config)
         self._recorder = Recorder(store, embedder, self.config)
+        self._reopener = Reopener(store, embedder)
         self._on_use = on_use
         self._errors = FlushErrors()
         store.on_forget(self._errors.drop)
@@ -129,7 +131,7 @@ class MemoryWriter:
             )
 
     def _flush_owner(self, owner: str) -> FlushReport:
-        report, tried = FlushReport(), set[tuple[str, str]]()
+        report, tried = self._reopened(owner), set[tuple[str, str]]()
         while tasks := [t for t in self._waiting(owner) if (t.cube_id, t.task) not in tried]:
             tried |= {(task.cube_id, task.task) for task in tasks}
             tasks = [task for task in tasks if task.attempts < self.config.attempts]
@@ -139,6 +141,12 @@ class MemoryWriter:
         waiting = self._waiting(owner)  # read after, so that no error of what is forgotten meanwhile stays
         self._errors.keep(owner, waiting)
         return replace(report, waiting=len(waiting))
+
+    def _reopened(self, owner: str) -> FlushReport:
+        try:
+            return self._reopener.reopen(owner)
+        except (NotFoundError, RevisionConflictError):
+            return FlushReport()  # somebody else wrote meanwhile; the next flush looks again
 
     def _waiting(self, owner: str) -> list[Waiting]:
         with self._store.reading() as connection:
