@@ -64,6 +64,10 @@ def test_defect_5_what_is_damaged_is_an_error_and_not_an_empty_memory(
         with pytest.raises(StoreError) as caught:
             Retriever(store, VectorIndex(store), embedder).recall(("alice",), "tea")
         assert "likes" not in str(caught.value)
+        if "header" in damage:
+            for read in (store.cubes, store.all_cubes):
+                with pytest.raises(StoreError, match="damaged"):
+                    read("alice")
 
 
 def test_defect_5_a_store_that_lost_a_page_is_an_error(folder: Path, note: Maker) -> None:

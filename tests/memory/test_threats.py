@@ -78,11 +78,12 @@ def test_a_poisoned_turn_is_never_promoted_however_often_it_is_found(
     """Whoever makes a text be found often must not get it into every prompt, or into weights."""
     writer = MemoryWriter(store, embedder)
     (poison,) = writer.observe("alice", POISON).turns
-    (honest,) = writer.observe("alice", "My favourite fruit is papaya, and I have two dogs.").turns
-    for turn in (poison, honest):
-        use(store, "alice", turn.id)
+    honest = CubeDraft.of("My favourite fruit is papaya, and I have two dogs.")
+    (fact,) = store.commit("alice", add=[honest]).added
+    for cube_id in (poison.id, fact):
+        use(store, "alice", cube_id)
     assert QUARANTINED in poison.header.tags
-    assert promoted(store, "alice") == {honest.id}, "the honest turn shows that they would be promoted"
+    assert promoted(store, "alice") == {fact}, "the honest text shows what would be promoted"
 
 
 @pytest.mark.parametrize("tag", [QUARANTINED, UNCONFIRMED])
