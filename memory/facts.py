@@ -29,9 +29,9 @@ class CubeFacts:
 
     ``sources`` are the owner's own cubes it was computed from, and ``complete`` says whether they are all
     live with the content they had. ``derived`` cubes were made from others by the scheduler, so they can be
-    made again. ``strength`` is the decayed count of uses at ``last_used``, as in
-    `persona_sdk.memory.uses`; from then on it decays with ``half_life_days``, None: not at all. ``stable_since`` is when the
-    statement was first made in these words.
+    made again. ``strength`` is the decayed count of uses at ``last_used``, as in `persona_sdk.memory.uses`;
+    from then on it decays with ``half_life_days``, None: not at all. ``stable_since`` is when the statement
+    was first made in these words.
     """
 
     id: str

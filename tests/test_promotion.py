@@ -7,7 +7,7 @@ import torch
 from sqlalchemy import delete, insert
 from transformers import DynamicCache
 
-from persona_sdk import PersonaModel, promotion
+from persona_sdk import PersonaModel, promotion_weights
 from persona_sdk.adapters import LoRA, distillation
 from persona_sdk.adapters.distillation import DistillationConfig
 from persona_sdk.adapters.gate import Gate
@@ -296,7 +296,7 @@ class TestWeights:
         assert kept.blob is None
         assert kept.header.attributes["report"]["reasons"] == list(outcome.report.reasons)
         assert model.store.history("alice")[-1].message.startswith("weights refused")
-        monkeypatch.setattr(promotion, "distil", None)  # it would be called in vain
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it would be called in vain
         assert promoter.run("alice") == ()
 
     def test_a_new_text_is_reason_to_try_again(self, model):
@@ -309,14 +309,14 @@ class TestWeights:
 
     def test_a_text_that_leaves_meanwhile_is_not_learned(self, model, monkeypatch):
         cubes = remember(model)
-        real = promotion.distil
+        real = promotion_weights.distil
 
         def slow(*given, **how):
             made = real(*given, **how)
             model.store.commit("alice", retire=[cubes[0].id])
             return made
 
-        monkeypatch.setattr(promotion, "distil", slow)
+        monkeypatch.setattr(promotion_weights, "distil", slow)
         (outcome,) = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run("alice")
         assert outcome.status == "failed"
         assert model.adapters.names("alice") == []
@@ -416,7 +416,7 @@ class TestBackground:
         alice = model.persona("alice")
         before = alice.chat("Hi", recall_k=0, **FAST)
         inside, go = threading.Event(), threading.Event()
-        real = promotion.distil
+        real = promotion_weights.distil
 
         def stuck(base, texts, options, **how):
             def check():
@@ -429,7 +429,7 @@ class TestBackground:
 
         seen, twins = [], distillation.twin
         monkeypatch.setattr(distillation, "twin", lambda given: seen.append(twins(given)) or seen[-1])
-        monkeypatch.setattr(promotion, "distil", stuck)
+        monkeypatch.setattr(promotion_weights, "distil", stuck)
         work = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run_in_background(["alice"])
         try:
             assert inside.wait(60)  # in the middle of training, with LoRA layers in its tree
@@ -443,13 +443,13 @@ class TestBackground:
     def test_it_stops_at_the_next_step_and_leaves_nothing(self, model, monkeypatch):
         remember(model)
         head = model.store.head("alice")
-        begun, real = threading.Event(), promotion.distil
+        begun, real = threading.Event(), promotion_weights.distil
 
         def watched(*given, **how):
             begun.set()
             return real(*given, **how)
 
-        monkeypatch.setattr(promotion, "distil", watched)
+        monkeypatch.setattr(promotion_weights, "distil", watched)
         endless = SMALL.model_copy(update={"max_steps": 10**6})
         work = Promoter(model, WEIGHTS, distillation=endless, gate=OPEN).run_in_background(["alice"])
         assert begun.wait(60)
