@@ -87,6 +87,10 @@ class Promoter:
             check: called between small steps of work; what it raises ends it.
         """
         outcomes = []
+        try:
+            self._weights.heal(persona_id)
+        except PersonaError as error:
+            _log.warning("an adapter of %r could not be attached: %s", persona_id, error)
         for decision in self.plan(persona_id):
             if decision.kind == "keep":
                 continue

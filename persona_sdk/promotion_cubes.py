@@ -47,6 +47,11 @@ class PromotionCubes:
         """The ids of `live`."""
         return {cube.id for cube in self.live(owner, kind, semantic_type)}
 
+    def ever_attached(self, owner: str) -> set[str]:
+        """The adapters that were attached to the owner at any revision."""
+        found = [c for c in self._store.all_cubes(owner) if c.header.semantic_type == "attachment"]
+        return {source.cube_id for cube in found for source in cube.header.sources}
+
     def texts(self, owner: str, cube_ids: Sequence[str]) -> list[MemCube]:
         """Those of the texts that are live, oldest first."""
         wanted = set(cube_ids)

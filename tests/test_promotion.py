@@ -3,6 +3,7 @@
 import threading
 from datetime import timedelta
 
+import pytest
 import torch
 from sqlalchemy import delete, insert
 from transformers import DynamicCache
@@ -12,7 +13,7 @@ from persona_sdk.adapters import LoRA, distillation
 from persona_sdk.adapters.distillation import DistillationConfig
 from persona_sdk.adapters.gate import Gate
 from persona_sdk.engine.prefix.bundles import shape_of
-from persona_sdk.errors import PromptTooLongError
+from persona_sdk.errors import AdapterError, IncompatibleAdapterError, PromptTooLongError
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.facts import PREFIX, PROMOTION, REJECTION
 from persona_sdk.memory.scheduler import SchedulerOptions, explain
@@ -344,6 +345,60 @@ class TestWeights:
         (outcome,) = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run("alice")
         assert outcome.status == "failed"
         assert model.adapters.names("alice") == []
+
+    def test_it_is_not_made_again_and_again(self, model, monkeypatch):
+        """Training takes minutes; in the background it would be every minute."""
+        remember(model)
+
+        def refuse(*_, **__):
+            raise IncompatibleAdapterError("no", hint="no")
+
+        monkeypatch.setattr(Persona, "attach", refuse)
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+        assert status(promoter.run("alice")) == [("text_to_weights", "failed")]
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it would be called in vain
+        assert promoter.run("alice") == ()
+
+    def test_after_a_crash_before_it_was_attached_the_next_run_attaches_it(self, model, monkeypatch):
+        remember(model)
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+
+        def die(*_, **__):
+            raise KeyboardInterrupt  # as good as a power cut: nothing after it runs
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Persona, "attach", die)
+            with pytest.raises(KeyboardInterrupt):
+                promoter.run("alice")
+        assert model.adapters.names("alice") == ["alice/memory"]
+        assert model.persona("alice").attachments() == []
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it was paid for
+        assert promoter.run("alice") == ()
+        assert model.persona("alice").attachments() == ["alice/memory"]
+        model.persona("alice").detach("alice/memory")
+        promoter.run("alice")
+        assert model.persona("alice").attachments() == []  # whoever detached it, meant it
+
+    @pytest.mark.parametrize("what", ["no probes", "diverged"])
+    def test_what_cannot_be_learned_is_tried_once(self, model, monkeypatch, what):
+        remember(model)
+        calls = []
+
+        def distilled(*_, **__):
+            calls.append(1)
+            raise AdapterError("The loss is nan.", hint="Lower the learning rate.")
+
+        monkeypatch.setattr(promotion_weights, "distil", distilled)
+        if what == "no probes":
+            monkeypatch.setattr(promotion_weights, "probes_of", lambda *_, **__: [])
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+        (outcome,) = promoter.run("alice")
+        assert (outcome.status, len(calls)) == ("rejected", int(what == "diverged"))
+        assert outcome.note
+        (kept,) = live(model, REJECTION)
+        assert kept.header.attributes["reasons"] == [outcome.note]
+        assert promoter.run("alice") == ()
+        assert len(calls) == int(what == "diverged")
 
     def test_cold_adapters_are_detached_and_the_base_is_back(self, model):
         before = model.persona("alice").chat("Hi", recall_k=0, **FAST).tokens
