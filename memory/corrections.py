@@ -18,9 +18,11 @@ from pydantic import Field
 
 from persona_sdk.config import FrozenConfig
 from persona_sdk.errors import InvalidInputError
+from persona_sdk.memory import rows
 from persona_sdk.memory.correction_grammar import Correction, correction_in
 from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Origin, Source, TextEncoder
 from persona_sdk.memory.enrichment import Change
+from persona_sdk.memory.followed import Followed
 from persona_sdk.memory.screening import Screen
 from persona_sdk.memory.store import MemoryStore
 
@@ -49,10 +51,14 @@ class Corrections:
         self._embedder = embedder
         self._config = config or CorrectionConfig()
         self._screen = screen or Screen()
+        self._rules = Followed(store, lambda cube: True if cube.header.semantic_type == RULE else None)
 
     def rules(self, owner: str) -> list[MemCube]:
         """The owner's rules, oldest first."""
-        return [cube for cube in self._store.cubes(owner) if cube.header.semantic_type == RULE]
+        _, ids = self._rules.get(owner)
+        with self._store.reading() as connection:
+            live = rows.live_among(connection, owner, list(ids))
+            return list(rows.lookup(connection, owner, [name for name in ids if name in live]).values())
 
     def learn(self, owner: str, text: str, *, task: str = "", turn: MemCube | None = None) -> MemCube | None:
         """Store what a correction says; the rule's cube, or None if there is nothing to keep.

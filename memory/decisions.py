@@ -58,7 +58,7 @@ class SchedulerOptions(FrozenConfig):
     weights_max_texts: int = Field(64, ge=1)
     least_trust: Trust = Field("user", description="of texts in weights and, unless pinned, in the prefix")
     cold_days: float = Field(
-        30.0, gt=0, description="without a use, after which derived cubes and places in the prefix go"
+        30.0, gt=0, description="without a use, after which derived cubes go, and texts out of the prefix"
     )
     archive_days: float = Field(180.0, gt=0, description="without a use, after which a text is archived")
 

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from persona_sdk.config import FrozenConfig
+from persona_sdk.memory.statement import singular
 
 Relation: TypeAlias = Literal["repeated", "merged", "linked", "distinct"]
 
@@ -68,9 +69,7 @@ def content_words(text: str) -> list[str]:
     """The words that carry what a statement says, without plural s; negations are kept apart."""
     words = _WORD.findall(text.casefold())
     kept = [word for word in words if word not in _STOPWORDS and word not in _NEGATIONS]
-    return [
-        word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "isu" else word for word in kept
-    ]
+    return [singular(word) for word in kept]
 
 
 def overlap(a: str, b: str) -> float:

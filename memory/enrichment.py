@@ -140,7 +140,9 @@ class Ledger:
 
 
 def _comparable(held: Held, new: Held) -> bool:
-    """Statements of different attributes or polarity are no duplicates, however near they are."""
+    """Statements of different attributes, polarity or times are no duplicates, however near they are."""
+    if not held.header.valid(new.start) or held.header.expired(new.header.created_at):
+        return False  # what is over does not say that it is so again
     same_slot_kind = (held.header.slot is None) == (new.header.slot is None)
     alike = (held.get("attribute"), held.get("polarity")) == (new.get("attribute"), new.get("polarity"))
     written = held.get("evidence") is None  # by the application, with remember

@@ -14,7 +14,9 @@ from datetime import datetime
 
 from persona_sdk.memory import when
 from persona_sdk.memory.clauses import Clause
-from persona_sdk.memory.patterns import PATTERNS, Pattern, a_place
+from persona_sdk.memory.pattern import Pattern
+from persona_sdk.memory.pattern_values import a_place
+from persona_sdk.memory.patterns import PATTERNS
 from persona_sdk.memory.plain_form import Plain, plain, wording
 from persona_sdk.memory.statement import FAMILIES, Polarity, Statement, attribute_of
 from persona_sdk.memory.vocabulary import is_nationality

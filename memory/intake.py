@@ -2,8 +2,7 @@
 
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -13,6 +12,7 @@ from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, RevisionConflictError
 from persona_sdk.memory import pending, turns
 from persona_sdk.memory.cube import CubeDraft, TextEncoder, utc_now
+from persona_sdk.memory.followed import Followed
 from persona_sdk.memory.reports import Observed
 from persona_sdk.memory.salience import echoes
 from persona_sdk.memory.screening import QUARANTINED, Screen
@@ -21,7 +21,6 @@ from persona_sdk.memory.store import MemoryStore
 logger = logging.getLogger("persona_sdk.memory")
 
 RETRIES = 16  # when somebody else commits meanwhile
-SESSIONS = 256  # owners whose message numbers are kept in memory
 
 
 class Intake:
@@ -31,7 +30,7 @@ class Intake:
         self._store = store
         self._embedder = embedder
         self._screen = screen
-        self._sessions: OrderedDict[str, tuple[str, dict[str, turns.Session]]] = OrderedDict()
+        self._places = Followed(store, turns.place_of)
         self._lock = threading.RLock()
 
     def observe(
@@ -47,8 +46,8 @@ class Intake:
             self._lock
         ):  # threads of this process wait for each other; other processes are met by the retries
             for _ in range(RETRIES):
-                head, known = self.known(owner)
-                there = known.get(session, turns.Session())
+                head, places = self.places(owner)
+                there = turns.session_of(places, session)
                 first = there.next if start is None else start
                 numbered = [
                     (n, message) for n, message in enumerate(spoken, first) if message.content.strip()
@@ -85,18 +84,9 @@ class Intake:
             owner, kind=kind, add=drafts, message="observe", parent=head, also=queue
         ).added
 
-    def known(self, owner: str) -> tuple[int, dict[str, turns.Session]]:
-        """The newest revision and the stored messages by session, read anew when the owner has changed."""
-        head, stamp = self._store.mark(owner)
-        with self._lock:
-            cached = self._sessions.get(owner)
-            if cached is None or cached[0] != stamp:
-                cached = (stamp, turns.sessions(self._store.all_cubes(owner)))
-            self._sessions[owner] = cached
-            self._sessions.move_to_end(owner)
-            while len(self._sessions) > SESSIONS:
-                self._sessions.popitem(last=False)
-        return head, cached[1]
+    def places(self, owner: str) -> tuple[int, Mapping[str, turns.Place]]:
+        """The newest revision, and where the owner's turns stand, also retired ones, by cube id."""
+        return self._places.get(owner)
 
     @staticmethod
     def _same(there: turns.Session, number: int, message: turns.Message, session: str) -> str:

@@ -1,7 +1,9 @@
 """The queue of cubes that wait for a task, in the table ``pending``: turns for enrichment, above all.
 
 A task is queued in the transaction that stores its cube and deleted in the one that stores its outcome, so
-a crash at any moment leaves it either waiting or done. Forgetting the cube takes its tasks with it.
+a crash at any moment leaves it either waiting or done. Forgetting the cube takes its tasks with it. A task
+whose cube is not live, as after a rollback, rests: it is kept for when the cube comes back, and is neither
+done nor counted until then.
 Functions work inside the caller's transaction and take the owner they are about.
 """
 
@@ -12,7 +14,7 @@ from typing import Literal, TypeAlias
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from persona_sdk.errors import RevisionConflictError
-from persona_sdk.memory.schema import pending
+from persona_sdk.memory.schema import memberships, pending
 
 Task: TypeAlias = Literal["enrich", "embed"]
 TASKS: tuple[Task, ...] = ("embed", "enrich")
@@ -42,9 +44,15 @@ def owners(connection: Connection, *, attempts: int) -> list[str]:
 
 
 def waiting(connection: Connection, owner: str) -> list[Waiting]:
-    """The owner's tasks in order, also those that failed too often."""
+    """The owner's tasks of live cubes in order, also those that failed too often."""
     mine = (pending.c.owner == owner) & pending.c.task.in_(TASKS)
-    query = select(pending).where(mine).order_by(pending.c.seq)
+    live = (
+        select(memberships.c.seq)
+        .where(memberships.c.owner == owner, memberships.c.cube_id == pending.c.cube_id)
+        .where(memberships.c.to_revision.is_(None))
+        .exists()
+    )
+    query = select(pending).where(mine, live).order_by(pending.c.seq)
     return [Waiting(r.owner, r.cube_id, r.task, r.attempts) for r in connection.execute(query)]
 
 

@@ -88,6 +88,18 @@ def lookup(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, 
     return {cube_id: found[cube_id] for cube_id in ids if cube_id in found}
 
 
+def live_among(connection: Connection, owner: str, ids: Sequence[str]) -> set[str]:
+    """Those of the owner's cubes among `ids` that are live now."""
+    query = select(memberships.c.cube_id).where(
+        memberships.c.owner == owner, memberships.c.to_revision.is_(None)
+    )
+    return {
+        found
+        for part in chunks(ids)
+        for found in connection.execute(query.where(memberships.c.cube_id.in_(part))).scalars()
+    }
+
+
 def insert_cube(
     connection: Connection,
     owner: str,

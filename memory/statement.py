@@ -124,8 +124,13 @@ def slug(value: str) -> str:
     plain = unicodedata.normalize("NFKD", value.casefold())
     words = re.findall(r"[a-z0-9]+", "".join(c for c in plain if not unicodedata.combining(c)))
     kept = [w for w in words if w not in ("a", "an", "the", "to", "my", "some", "all")] or words
-    name = "_".join(w[:-1] if len(w) > 3 and w.endswith("s") and w[-2] not in "isu" else w for w in kept)
+    name = "_".join(map(singular, kept))
     letters = "".join(c for c in plain if c.isalnum())
     if not name or len(name) > MAX_SLUG or (letters and not letters.isascii() and len(words) == 0):
         return f"x{hashlib.sha256(plain.encode()).hexdigest()[:16]}"
     return name
+
+
+def singular(word: str) -> str:
+    """A word without a plural s, as far as its letters tell; "bus" and "boss" stay."""
+    return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "isu" else word

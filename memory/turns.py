@@ -2,10 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, ValidationError
 
@@ -37,6 +37,14 @@ class Message(FrozenConfig):
 
 
 Messages: TypeAlias = str | Sequence[Message | dict[str, Any]]
+
+
+class Place(NamedTuple):
+    """Where a stored turn stands; ``digest`` is what it is compared by."""
+
+    session: str
+    number: int
+    digest: str
 
 
 @dataclass
@@ -109,16 +117,17 @@ def draft(
     )  # fmt: skip
 
 
-def sessions(cubes: Iterable[MemCube]) -> dict[str, Session]:
-    """The stored sessions among cubes."""
-    found: dict[str, Session] = {}
-    for cube in cubes:
-        if cube.header.semantic_type == TURN and isinstance(
-            number := cube.header.attributes.get("number"), int
-        ):
-            session = found.setdefault(cube.header.origin.session, Session())
-            session.found[number] = (cube.id, digest(role_of(cube), cube.text or ""))
-    return found
+def place_of(cube: MemCube) -> Place | None:
+    """Where a turn stands, None for what is none."""
+    number = cube.header.attributes.get("number")
+    if cube.header.semantic_type != TURN or not isinstance(number, int):
+        return None
+    return Place(cube.header.origin.session, number, digest(role_of(cube), cube.text or ""))
+
+
+def session_of(places: Mapping[str, Place], session: str) -> Session:
+    """What is stored of one session; `places` are those of all turns, by cube id."""
+    return Session({p.number: (name, p.digest) for name, p in places.items() if p.session == session})
 
 
 def role_of(cube: MemCube) -> str:

@@ -7,7 +7,10 @@
 What was observed is found by the next search. A crash between the two leaves the task in the queue; one
 that fails is tried by later flushes, three times in all, and then reported by `MemoryWriter.failures`. The
 turn is there whatever happens to its enrichment. Statements name their turns as sources, so forgetting a
-turn erases them.
+turn erases them; what they had ended is open again after the owner's next flush (`reopening`).
+
+Only live turns are enriched. The tasks of a turn that was rolled back rest in the queue, not counted as
+waiting, and are done if a later rollback brings the turn back.
 """
 
 import logging
@@ -18,16 +21,18 @@ from types import TracebackType
 from typing import Self
 
 from persona_sdk.config import validate_id
-from persona_sdk.errors import InvalidInputError, NotFoundError
+from persona_sdk.errors import NotFoundError, RevisionConflictError
 from persona_sdk.memory import pending, turns
 from persona_sdk.memory.cube import MemCube, TextEncoder, Trust
 from persona_sdk.memory.enricher import Enricher
-from persona_sdk.memory.enrichment import Change, held_of
 from persona_sdk.memory.extraction import Extractor, RuleExtractor
+from persona_sdk.memory.flush_errors import FlushErrors
+from persona_sdk.memory.flush_worker import FlushWorker
 from persona_sdk.memory.intake import Intake
 from persona_sdk.memory.pending import Waiting
+from persona_sdk.memory.recording import Recorder
+from persona_sdk.memory.reopening import Reopener
 from persona_sdk.memory.reports import Failure, FlushReport, Observed, WriterConfig
-from persona_sdk.memory.slots import UNCONFIRMED, Held
 from persona_sdk.memory.statement import Statement
 from persona_sdk.memory.store import MemoryStore
 
@@ -58,11 +63,13 @@ class MemoryWriter:
         self._store = store
         self._intake = Intake(store, embedder, self.config.screen)
         self._enricher = Enricher(store, embedder, extractor or RuleExtractor(), self.config)
+        self._recorder = Recorder(store, embedder, self.config)
+        self._reopener = Reopener(store, embedder)
         self._on_use = on_use
-        self._errors: dict[tuple[str, str, str], str] = {}
+        self._errors = FlushErrors()
+        store.on_forget(self._errors.drop)
         self._flushing = threading.RLock()
-        self._wake, self._stop = threading.Event(), threading.Event()
-        self._worker: threading.Thread | None = None
+        self._worker = FlushWorker(self.flush)
 
     def observe(
         self,
@@ -93,7 +100,7 @@ class MemoryWriter:
             StoreError: the store cannot be written; nothing was stored.
         """
         observed = self._intake.observe(owner, messages, session, start, system, kind)
-        self._wake.set()
+        self._worker.wake()
         return observed
 
     def flush(self, owner: str | None = None) -> FlushReport:
@@ -124,24 +131,31 @@ class MemoryWriter:
             )
 
     def _flush_owner(self, owner: str) -> FlushReport:
-        report, tried = FlushReport(), set[tuple[str, str]]()
+        report, tried = self._reopened(owner), set[tuple[str, str]]()
         while tasks := [t for t in self._waiting(owner) if (t.cube_id, t.task) not in tried]:
             tried |= {(task.cube_id, task.task) for task in tasks}
             tasks = [task for task in tasks if task.attempts < self.config.attempts]
             for start in range(0, len(tasks), self.config.batch):
                 report += self._batch(owner, tasks[start : start + self.config.batch])
-        for failure in report.failures:
-            self._errors[owner, failure.cube_id, failure.task] = failure.error
-        return replace(report, waiting=len(self._waiting(owner)))
+        self._errors.note(report.failures)
+        waiting = self._waiting(owner)  # read after, so that no error of what is forgotten meanwhile stays
+        self._errors.keep(owner, waiting)
+        return replace(report, waiting=len(waiting))
+
+    def _reopened(self, owner: str) -> FlushReport:
+        try:
+            return self._reopener.reopen(owner)
+        except (NotFoundError, RevisionConflictError):
+            return FlushReport()  # somebody else wrote meanwhile; the next flush looks again
 
     def _waiting(self, owner: str) -> list[Waiting]:
         with self._store.reading() as connection:
             return pending.waiting(connection, owner)
 
     def _batch(self, owner: str, tasks: Sequence[Waiting]) -> FlushReport:
-        _, known = self._intake.known(owner)
+        _, places = self._intake.places(owner)
         report = self._enricher.embed(owner, [task for task in tasks if task.task == "embed"])
-        report += self._enricher.enrich(owner, [task for task in tasks if task.task == "enrich"], known)
+        report += self._enricher.enrich(owner, [task for task in tasks if task.task == "enrich"], places)
         if report.repeated and self._on_use is not None:
             try:
                 self._on_use(owner, report.repeated)
@@ -159,7 +173,7 @@ class MemoryWriter:
         """
         self._require(owner)
         return [
-            Failure(owner, t.cube_id, t.task, t.attempts, self._errors.get((owner, t.cube_id, t.task), ""))
+            Failure(owner, t.cube_id, t.task, t.attempts, self._errors.of(owner, t))
             for t in self._waiting(owner)
             if t.attempts
         ]
@@ -173,7 +187,7 @@ class MemoryWriter:
         self._require(owner)
         with self._store.writing(owner) as connection:
             found = pending.reset(connection, owner)
-        self._wake.set()
+        self._worker.wake()
         return found
 
     # Statements from elsewhere ------------------------------------------------------------------------
@@ -189,10 +203,7 @@ class MemoryWriter:
             NotFoundError: there is no such persona, or a source is gone; nothing was stored.
         """
         self._require(owner)
-        denied = [found for found in statements if self.config.screen.suspicious(found.text)]
-        held = [held_of(found, sources, trust=trust) for found in statements if found not in denied]
-        report = self._commit(owner, held)
-        return replace(report, problems=("quarantined",) * len(denied))
+        return self._recorder.record(owner, statements, trust=trust, sources=sources)
 
     def confirm(self, owner: str, cube_id: str) -> FlushReport:
         """Take an unconfirmed statement for true: it takes its slot with trust "confirmed".
@@ -202,67 +213,18 @@ class MemoryWriter:
             InvalidInputError: it is not unconfirmed.
         """
         self._require(owner)
-        live = {cube.id: cube for cube in self._store.cubes(owner)}
-        if cube_id not in live:
-            raise NotFoundError(
-                f"No live cube {cube_id!r:.60} belongs to {owner!r}.", hint="Nothing was changed."
-            )
-        held = Held.of(live[cube_id])
-        if UNCONFIRMED not in held.header.tags:
-            raise InvalidInputError(
-                f"The cube {cube_id!r:.60} is not unconfirmed.", hint="Nothing was changed."
-            )
-        attributes = {name: value for name, value in held.header.attributes.items() if name != "slot"}
-        tags = tuple(tag for tag in held.header.tags if tag != UNCONFIRMED)
-        slot = held.get("slot")
-        return self._commit(
-            owner, [held.with_header(tags=tags, trust="confirmed", slot=slot, attributes=attributes)]
-        )
-
-    def _commit(self, owner: str, held: Sequence[Held]) -> FlushReport:
-        head = self._store.head(owner)
-        change: Change = self._enricher.settled(owner, held)
-        added: tuple[str, ...] = ()
-        if change.add or change.retire:
-            kind = self._store.kind_of(owner) or "user"
-            added = self._store.commit(
-                owner, kind=kind, add=change.add, retire=change.retire, message="record", parent=head
-            ).added
-        return FlushReport(
-            added=added,
-            retired=tuple(change.retire),
-            repeated=tuple(change.repeated),
-            unconfirmed=change.unconfirmed,
-        )
+        return self._recorder.confirm(owner, cube_id)
 
     # The worker ---------------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Flush in a thread of its own whenever something was observed, until `close`."""
-        if self._worker is None:
-            self._stop.clear()
-            self._worker = threading.Thread(target=self._work, name="persona-memory-writer", daemon=True)
-            self._worker.start()
+        """Flush in a thread of its own, now and whenever something was observed, until `close`."""
+        self._worker.start()
         return self
-
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            self._wake.wait()
-            self._wake.clear()
-            if self._stop.is_set():
-                return
-            try:
-                self.flush()
-            except Exception:  # the thread outlives a full disk, and what waits is in the queue
-                logger.exception("the memory writer could not flush; what waits stays in the queue")
 
     def close(self) -> None:
         """Stop the worker after the flush it is in. What still waits stays in the queue."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            self._stop.set()
-            self._wake.set()
-            worker.join()
+        self._worker.close()
 
     def __enter__(self) -> Self:
         return self

@@ -3,16 +3,17 @@
 import threading
 from datetime import timedelta
 
+import pytest
 import torch
 from sqlalchemy import delete, insert
 from transformers import DynamicCache
 
-from persona_sdk import PersonaModel, promotion
+from persona_sdk import PersonaModel, promotion_weights
 from persona_sdk.adapters import LoRA, distillation
 from persona_sdk.adapters.distillation import DistillationConfig
 from persona_sdk.adapters.gate import Gate
 from persona_sdk.engine.prefix.bundles import shape_of
-from persona_sdk.errors import PromptTooLongError
+from persona_sdk.errors import AdapterError, IncompatibleAdapterError, PromptTooLongError
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.facts import PREFIX, PROMOTION, REJECTION
 from persona_sdk.memory.scheduler import SchedulerOptions, explain
@@ -319,7 +320,7 @@ class TestWeights:
         assert kept.blob is None
         assert kept.header.attributes["report"]["reasons"] == list(outcome.report.reasons)
         assert model.store.history("alice")[-1].message.startswith("weights refused")
-        monkeypatch.setattr(promotion, "distil", None)  # it would be called in vain
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it would be called in vain
         assert promoter.run("alice") == ()
 
     def test_a_new_text_is_reason_to_try_again(self, model):
@@ -332,14 +333,14 @@ class TestWeights:
 
     def test_a_text_that_leaves_meanwhile_is_not_learned(self, model, monkeypatch):
         cubes = remember(model)
-        real = promotion.distil
+        real = promotion_weights.distil
 
         def slow(*given, **how):
             made = real(*given, **how)
             model.store.commit("alice", retire=[cubes[0].id])
             return made
 
-        monkeypatch.setattr(promotion, "distil", slow)
+        monkeypatch.setattr(promotion_weights, "distil", slow)
         (outcome,) = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run("alice")
         assert outcome.status == "failed"
         assert model.adapters.names("alice") == []
@@ -367,6 +368,60 @@ class TestWeights:
         (outcome,) = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run("alice")
         assert outcome.status == "failed"
         assert model.adapters.names("alice") == []
+
+    def test_it_is_not_made_again_and_again(self, model, monkeypatch):
+        """Training takes minutes; in the background it would be every minute."""
+        remember(model)
+
+        def refuse(*_, **__):
+            raise IncompatibleAdapterError("no", hint="no")
+
+        monkeypatch.setattr(Persona, "attach", refuse)
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+        assert status(promoter.run("alice")) == [("text_to_weights", "failed")]
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it would be called in vain
+        assert promoter.run("alice") == ()
+
+    def test_after_a_crash_before_it_was_attached_the_next_run_attaches_it(self, model, monkeypatch):
+        remember(model)
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+
+        def die(*_, **__):
+            raise KeyboardInterrupt  # as good as a power cut: nothing after it runs
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Persona, "attach", die)
+            with pytest.raises(KeyboardInterrupt):
+                promoter.run("alice")
+        assert model.adapters.names("alice") == ["alice/memory"]
+        assert model.persona("alice").attachments() == []
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it was paid for
+        assert promoter.run("alice") == ()
+        assert model.persona("alice").attachments() == ["alice/memory"]
+        model.persona("alice").detach("alice/memory")
+        promoter.run("alice")
+        assert model.persona("alice").attachments() == []  # whoever detached it, meant it
+
+    @pytest.mark.parametrize("what", ["no probes", "diverged"])
+    def test_what_cannot_be_learned_is_tried_once(self, model, monkeypatch, what):
+        remember(model)
+        calls = []
+
+        def distilled(*_, **__):
+            calls.append(1)
+            raise AdapterError("The loss is nan.", hint="Lower the learning rate.")
+
+        monkeypatch.setattr(promotion_weights, "distil", distilled)
+        if what == "no probes":
+            monkeypatch.setattr(promotion_weights, "probes_of", lambda *_, **__: [])
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+        (outcome,) = promoter.run("alice")
+        assert (outcome.status, len(calls)) == ("rejected", int(what == "diverged"))
+        assert outcome.note
+        (kept,) = live(model, REJECTION)
+        assert kept.header.attributes["reasons"] == [outcome.note]
+        assert promoter.run("alice") == ()
+        assert len(calls) == int(what == "diverged")
 
     def test_cold_adapters_are_detached_and_the_base_is_back(self, model):
         before = model.persona("alice").chat("Hi", recall_k=0, **FAST).tokens
@@ -439,7 +494,7 @@ class TestBackground:
         alice = model.persona("alice")
         before = alice.chat("Hi", recall_k=0, **FAST)
         inside, go = threading.Event(), threading.Event()
-        real = promotion.distil
+        real = promotion_weights.distil
 
         def stuck(base, texts, options, **how):
             def check():
@@ -452,7 +507,7 @@ class TestBackground:
 
         seen, twins = [], distillation.twin
         monkeypatch.setattr(distillation, "twin", lambda given: seen.append(twins(given)) or seen[-1])
-        monkeypatch.setattr(promotion, "distil", stuck)
+        monkeypatch.setattr(promotion_weights, "distil", stuck)
         work = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run_in_background(["alice"])
         try:
             assert inside.wait(60)  # in the middle of training, with LoRA layers in its tree
@@ -466,13 +521,13 @@ class TestBackground:
     def test_it_stops_at_the_next_step_and_leaves_nothing(self, model, monkeypatch):
         remember(model)
         head = model.store.head("alice")
-        begun, real = threading.Event(), promotion.distil
+        begun, real = threading.Event(), promotion_weights.distil
 
         def watched(*given, **how):
             begun.set()
             return real(*given, **how)
 
-        monkeypatch.setattr(promotion, "distil", watched)
+        monkeypatch.setattr(promotion_weights, "distil", watched)
         endless = SMALL.model_copy(update={"max_steps": 10**6})
         work = Promoter(model, WEIGHTS, distillation=endless, gate=OPEN).run_in_background(["alice"])
         assert begun.wait(60)

@@ -16,8 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError, NotFoundError, StoreError
-from persona_sdk.memory import CubeDraft, MemoryStore, Retriever, VectorIndex
+from persona_sdk.memory import CubeDraft, MemCube, MemoryStore, Retriever, VectorIndex, rows
 from persona_sdk.memory.extraction import Extraction, RuleExtractor
+from persona_sdk.memory.flush_errors import FlushErrors
+from persona_sdk.memory.pending import Waiting
+from persona_sdk.memory.reports import Failure
 from persona_sdk.memory.slots import UNCONFIRMED, view
 from persona_sdk.memory.statement import Statement, Turn
 from persona_sdk.memory.writer import MemoryWriter, WriterConfig
@@ -268,10 +271,131 @@ def test_a_turn_forgotten_while_it_is_read_says_nothing(store: MemoryStore, embe
             return found
 
     writer = MemoryWriter(store, embedder, extractor=Slow())
-    (first,) = writer.observe("alice", "I live in Paris.").turns
-    writer.observe("alice", "I like tea.")
+    (first,) = writer.observe("alice", "I live in Paris.", session="s").turns
+    writer.observe("alice", "I like tea.", session="s")
     assert writer.flush("alice").ok
     assert statements(store) == ["The user likes tea."]
+
+
+def test_a_turn_that_was_rolled_back_says_nothing_until_it_is_back(
+    store: MemoryStore, writer: MemoryWriter
+) -> None:
+    writer.observe("alice", "I like tea.", session="s")
+    writer.flush("alice")
+    before = store.head("alice")
+    writer.observe("alice", "I live in Paris.", session="s")
+    after = store.head("alice")
+    store.rollback("alice", before)
+    report = writer.flush("alice")
+    assert (report.turns, report.waiting, report.ok) == (0, 0, True)
+    assert statements(store) == ["The user likes tea."]
+    store.rollback("alice", after)
+    assert writer.flush("alice").turns == 1
+    assert statements(store) == ["The user likes tea.", "The user lives in Paris."]
+
+
+def test_a_turn_rolled_back_while_it_is_read_says_nothing(store: MemoryStore, embedder: HashEmbedder) -> None:
+    class Slow:
+        def extract(self, turns: Sequence[Turn]) -> Extraction:
+            store.rollback("alice", 1)
+            return RuleExtractor().extract(turns)
+
+    writer = MemoryWriter(store, embedder, extractor=Slow())
+    writer.observe("alice", "Hello", session="s")
+    MemoryWriter(store, embedder).flush("alice")
+    writer.observe("alice", "I live in Paris.", session="s")
+    assert writer.flush("alice").ok
+    assert statements(store) == []
+
+
+def test_a_question_that_was_rolled_back_is_no_context(store: MemoryStore, writer: MemoryWriter) -> None:
+    writer.observe("alice", "Hello", session="s")
+    writer.observe("alice", [{"role": "assistant", "content": "So you live in Lyon?"}], session="s")
+    store.rollback("alice", 1)
+    writer.observe("alice", "Yes!", session="s")
+    writer.flush("alice")
+    assert statements(store) == []
+
+
+@pytest.mark.parametrize(("session", "found"), [("", []), ("s", ["The user lives in Lyon."])])
+def test_without_a_session_nobody_assents_to_what_was_asked_another_day(
+    store: MemoryStore, writer: MemoryWriter, session: str, found: list[str]
+) -> None:
+    writer.observe("alice", [{"role": "assistant", "content": "So you live in Lyon?"}], session=session)
+    writer.observe("alice", "Yes!", session=session)
+    writer.flush("alice")
+    assert statements(store) == found
+
+
+def test_observing_reads_only_what_is_new(
+    store: MemoryStore, embedder: HashEmbedder, note: Callable[..., CubeDraft], monkeypatch: Any
+) -> None:
+    old = store.commit("alice", add=[note(f"dish {number}") for number in range(40)]).added
+    writer = MemoryWriter(store, embedder)
+    writer.observe("alice", "Too long.", session="s")
+    writer.flush("alice")
+    read: list[str] = []
+    original = rows.to_cube
+
+    def counting(row: Any, *rest: Any) -> MemCube:
+        read.append(row.id)
+        return original(row, *rest)
+
+    monkeypatch.setattr(rows, "to_cube", counting)
+    for text in ("Hello", "Please be more concise."):
+        writer.observe("alice", text, session="s")
+        writer.flush("alice")
+    assert read, "it reads what is new"
+    assert not set(old) & set(read)
+
+
+def test_a_conversation_is_followed_through_commits_and_erasures_of_others(
+    store: MemoryStore, writer: MemoryWriter, embedder: HashEmbedder
+) -> None:
+    (first,) = writer.observe("alice", "one", session="s", start=0).turns
+    MemoryWriter(store, embedder).observe("alice", "two", session="s", start=1)
+    assert len(writer.observe("alice", "two", session="s", start=1).turns) == 1
+    assert turns_of(store) == ["one", "two"]
+    store.forget("alice", [first.id])
+    writer.observe("alice", "other", session="s", start=0)
+    assert sorted(turns_of(store)) == ["other", "two"]
+
+
+def test_errors_are_kept_only_while_their_tasks_wait(store: MemoryStore, embedder: HashEmbedder) -> None:
+    stumbling = Stumbling("Rome", times=99)
+    writer = MemoryWriter(store, embedder, extractor=stumbling)
+    (rome,) = writer.observe("alice", "I live in Rome.").turns
+    writer.observe("alice", "I was in Rome.")
+    writer.flush("alice")
+    assert len(writer._errors) == 2
+    store.forget("alice", [rome.id])
+    assert len(writer._errors) == 0, "an error may quote what was forgotten"
+    writer.flush("alice")
+    assert [failure.error for failure in writer.failures("alice")] == ["ValueError: stumbled over Rome"]
+    stumbling.times = 0
+    writer.flush("alice")
+    assert len(writer._errors) == 0
+
+
+def test_errors_do_not_grow_without_bound() -> None:
+    errors = FlushErrors()
+    errors.note([Failure("alice", f"c{number}", "enrich", 1, "no") for number in range(1500)])
+    assert len(errors) == 1000
+    assert errors.of("alice", Waiting("alice", "c1499", "enrich", 1)) == "no"
+    assert errors.of("alice", Waiting("alice", "c0", "enrich", 1)) == ""
+
+
+def test_what_an_application_wrote_of_the_past_does_not_swallow_what_is_said_now(
+    store: MemoryStore, writer: MemoryWriter, note: Callable[..., CubeDraft]
+) -> None:
+    ended = datetime(2020, 1, 1, tzinfo=UTC)
+    store.commit("alice", add=[note("The user likes tea.", valid_to=ended)])
+    writer.observe("alice", "I like tea.")
+    assert writer.flush("alice").repeated == ()
+    assert [c.header.valid(NOW) for c in store.cubes("alice") if c.text == "The user likes tea."] == [
+        False,
+        True,
+    ]
 
 
 def test_turns_that_arrive_while_others_are_read_do_not_make_them_read_again(
@@ -390,6 +514,16 @@ def test_the_worker_flushes_by_itself_and_stops_when_told(store: MemoryStore, em
     writer.observe("alice", "I like jam.")
     assert len(statements(store)) == 5, "it has stopped"
     assert writer.flush("alice").turns == 1
+
+
+def test_the_worker_begins_with_what_waits_already(store: MemoryStore, writer: MemoryWriter) -> None:
+    writer.observe("alice", "I like tea.")
+    other = MemoryWriter(store, HashEmbedder())
+    with other.start():
+        patience = time.monotonic() + 20
+        while not statements(store) and time.monotonic() < patience:
+            time.sleep(0.01)
+    assert statements(store) == ["The user likes tea."]
 
 
 def test_threads_that_observe_and_flush_lose_nothing(store: MemoryStore, writer: MemoryWriter) -> None:
