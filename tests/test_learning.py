@@ -92,7 +92,7 @@ def test_a_writer_with_a_thread_ends_with_its_model(tmp_path, tiny, hash_embedde
     with PersonaModel.from_pretrained(tiny, store=tmp_path, embedder=hash_embedder) as opened:
         opened.memory.writer.start()
         opened.persona("alice").memory.learn(SAID)
-        worker = opened.memory.writer._worker
+        worker = opened.memory.writer._worker._thread
     assert worker is not None
     assert not worker.is_alive()
 
