@@ -2,8 +2,9 @@
 
 Everything is checked (`archive_reader`) before anything is written. An archive that this store or a trusted
 key has signed is believed; from any other, cubes of trust ``system`` come in as ``import`` and frozen ones as
-they were before, so that it can neither speak for the system nor forbid to forget. A signature that is wrong
-is refused. Cube ids are kept, except those this store has seen before, which get a new one.
+they were before, so that it can neither speak for the system nor forbid to forget. Under another id no
+archive speaks for the system. A signature that is wrong is refused. Cube ids are kept, except those this
+store has seen before, which get a new one.
 """
 
 import uuid
@@ -117,7 +118,9 @@ def _write(connection: Connection, owner: str, contents: Contents, *, trusted: b
         }
         connection.execute(insert(revision_rows).values(owner=owner, **values))
     for cube in contents.cubes:
-        header = _reowned(cube.header, manifest.owner, owner, ids, trusted=trusted)
+        # What the system said of one persona it did not say of another, whoever signed.
+        speaks = trusted and owner == manifest.owner
+        header = _reowned(cube.header, manifest.owner, owner, ids, trusted=speaks)
         draft = CubeDraft(kind=cube.kind, text=cube.text, header=header)
         rows.insert_cube(connection, owner, draft, cube.blob, cube.revision, cube_id=ids[cube.id])
     for encoder in sorted({encoder for cube in contents.cubes for encoder in cube.vectors}):

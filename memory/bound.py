@@ -8,7 +8,8 @@ The rules are those of `governance`. This class adds what follows from them:
   would bring a membership back is refused.
 * A draft may name only sources that its writer may read, and is trusted no more than they are.
 * Whoever may write a cube of somebody else may archive it, activate it, and commit a new version in its
-  place. Grants do not pass on to the new version.
+  place: of the same kind and semantic type, because a text must not become an adapter or be pinned into every
+  prompt. Grants do not pass on to the new version.
 * Only the system sets a legal basis or releases it, and only the system moves archives under other ids.
   Which keys of other stores are trusted is decided by whoever holds the store.
 
@@ -28,7 +29,7 @@ from persona_sdk.errors import FrozenError, InvalidInputError, NotFoundError
 from persona_sdk.memory import archive_reader, events, revisions, snapshots, transitions, uses
 from persona_sdk.memory.archive_format import ArchiveSummary
 from persona_sdk.memory.bound_reader import BoundReader, no_persona
-from persona_sdk.memory.cube import CubeDraft, State
+from persona_sdk.memory.cube import CubeDraft, MemCube, State
 from persona_sdk.memory.governance import Granted, Principal
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.revisions import Revision
@@ -107,6 +108,12 @@ class BoundStore(BoundReader):
         versions = all(d.header.parents and set(d.header.parents) <= set(retire) for d in add)
         if not versions or not plain:
             raise no_persona(owner)
+        before = self._store.lookup(owner, retire)
+        if not all(_is_alike(draft, [before[name] for name in draft.header.parents]) for draft in add):
+            raise InvalidInputError(
+                "A new version of somebody else's memory is of its kind and type, and pinned only if it was.",
+                hint="Change the text or the tensors. Nothing was committed.",
+            )
 
     def _guarded(self, owner: str, draft: CubeDraft) -> CubeDraft:
         sources = []
@@ -250,3 +257,11 @@ class BoundStore(BoundReader):
             return self._store.import_archive(
                 path, as_id=as_id, keep_groups=keep_groups, passphrase=passphrase
             )
+
+
+def _is_alike(draft: CubeDraft, before: Sequence[MemCube]) -> bool:
+    same = all(
+        (draft.kind, draft.header.semantic_type) == (cube.kind, cube.header.semantic_type) for cube in before
+    )
+    pinned = draft.header.attributes.get("pinned")
+    return same and (not pinned or any(cube.header.attributes.get("pinned") for cube in before))

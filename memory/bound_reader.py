@@ -30,7 +30,12 @@ class BoundReader:
 
     def __init__(self, store: MemoryStore, principal: Principal) -> None:
         self._store = store
-        self.principal = principal
+        self._principal = principal
+
+    @property
+    def principal(self) -> Principal:
+        """Who acts; the same as long as the handle is there."""
+        return self._principal
 
     # What is allowed ----------------------------------------------------------------------------------
 

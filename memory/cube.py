@@ -39,7 +39,7 @@ from pydantic import AfterValidator, AwareDatetime, Field, JsonValue, field_vali
 from torch import Tensor
 
 from persona_sdk.config import FrozenConfig
-from persona_sdk.errors import InvalidInputError
+from persona_sdk.errors import InvalidInputError, StoreError
 from persona_sdk.tensors import Digest, TensorBundle
 
 Kind: TypeAlias = Literal["plaintext", "activation", "parametric"]
@@ -140,6 +140,20 @@ class CubeHeader(FrozenConfig):
         if self.valid_from and self.valid_to and self.valid_from > self.valid_to:
             raise ValueError("valid_from is after valid_to")
         return self
+
+    @classmethod
+    def stored(cls, data: str) -> Self:
+        """The header in a row.
+
+        Raises:
+            StoreError: the row is damaged.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValueError:
+            raise StoreError(
+                "The header of a cube is damaged.", hint="Restore the store from a copy."
+            ) from None  # what pydantic says quotes it
 
     def expired(self, now: datetime) -> bool:
         """Whether the cube's time has passed."""

@@ -1,16 +1,15 @@
 """What the scheduler reasons with: its options, what it may decide, and what a cube is worth.
 
-    expected uses   u = min(hits, strength · 2^(-days since the last use / half-life))
+    expected uses   u = min(hits, strength · 2^(-days since the last use / half-life))     as in `uses`
     value           u · tokens · prefill seconds a token, of a text; of something derived, that of its sources
 
 | symbol               | field                             |
 |----------------------|-----------------------------------|
 | hits, strength       | `CubeFacts` of the text           |
-| half-life            | ``SchedulerOptions.half_life_days`` |
+| half-life            | ``CubeFacts.half_life_days``      |
 | prefill seconds      | ``SchedulerOptions.prefill_seconds`` |
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -21,6 +20,10 @@ from pydantic import Field
 from persona_sdk.config import FrozenConfig
 from persona_sdk.memory.cube import TRUST_ORDER, Trust
 from persona_sdk.memory.facts import CubeFacts
+from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.slots import UNCONFIRMED
+from persona_sdk.memory.turns import TURN
+from persona_sdk.memory.uses import decayed
 
 Move: TypeAlias = Literal[
     "expire", "archive", "demote_weights", "demote_kv", "text_to_weights", "text_to_kv", "keep"
@@ -54,8 +57,9 @@ class SchedulerOptions(FrozenConfig):
     weights_min_texts: int = Field(2, ge=1)
     weights_max_texts: int = Field(64, ge=1)
     least_trust: Trust = Field("user", description="of texts in weights and, unless pinned, in the prefix")
-    half_life_days: float = Field(14.0, gt=0, description="of a use")
-    cold_days: float = Field(30.0, gt=0, description="without a use, after which what was derived is dropped")
+    cold_days: float = Field(
+        30.0, gt=0, description="without a use, after which derived cubes go, and texts out of the prefix"
+    )
     archive_days: float = Field(180.0, gt=0, description="without a use, after which a text is archived")
 
 
@@ -74,8 +78,18 @@ class Decision:
     reason: str
 
 
-def allowed(one: CubeFacts, options: SchedulerOptions) -> str | None:
+def allowed(one: CubeFacts, options: SchedulerOptions, now: datetime) -> str | None:
     """None if a text may speak in every prompt or enter weights, else why not."""
+    if one.valid_to is not None and one.valid_to <= now:
+        return "It is no longer so."
+    if one.valid_from is not None and one.valid_from > now:
+        return "It is not so yet."
+    if UNCONFIRMED in one.tags:
+        return "It contradicts something better founded and is unconfirmed."
+    if QUARANTINED in one.tags:
+        return "It reads like an instruction and is quarantined."
+    if one.semantic_type == TURN:
+        return "It is a recorded turn, of which nobody knows whether it is still so."
     if one.state == "frozen":
         return "It is frozen."
     if one.state == "archived":
@@ -128,8 +142,8 @@ class Scene:
         """Expected uses; never more than there were."""
         if one.last_used is None:
             return 0.0
-        days = max((self.now - one.last_used) / timedelta(days=1), 0.0)
-        return min(float(one.hits), one.strength * math.exp2(-days / self.options.half_life_days))
+        left = decayed(one.strength, self.now - one.last_used, one.half_life_days)
+        return min(float(one.hits), left)
 
     def value(self, one: CubeFacts) -> float:
         """Seconds of prefill its expected uses cost as text; of something derived, those of its sources."""

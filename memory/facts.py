@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 
 from persona_sdk.memory import cipher as ciphers
-from persona_sdk.memory import revisions, rows
+from persona_sdk.memory import revisions, rows, uses
 from persona_sdk.memory.cube import Kind, MemCube, Sensitivity, State, Trust
 from persona_sdk.memory.reader import StoreReader
-from persona_sdk.memory.schema import from_column, uses
+from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.slots import UNCONFIRMED
+from persona_sdk.memory.uses import HALF_LIFE_DAYS
 
 PREFIX = "prefix_kv"  # semantic type of an activation cube: keys and values of a persona's stable prefix
 PROMOTION = "promotion"  # ... of one without tensors: its sources are the texts that stand in that prefix
 REJECTION = "rejection"  # of a parametric cube without tensors: its sources are texts weights did not learn
 ADAPTER = "adapter"
+DOUBTFUL = frozenset({QUARANTINED, UNCONFIRMED})  # tags of what is kept, found, and in no prompt
 _CHARACTERS = 4  # of a token of English, where nobody can count
 
 
@@ -30,8 +33,9 @@ class CubeFacts:
 
     ``sources`` are the owner's own cubes it was computed from, and ``complete`` says whether they are all
     live with the content they had. ``derived`` cubes were made from others by the scheduler, so they can be
-    made again. ``strength`` is the decayed count of uses at ``last_used``. ``stable_since`` is when the
-    statement was first made in these words.
+    made again. ``strength`` is the decayed count of uses at ``last_used``, as in `persona_sdk.memory.uses`;
+    from then on it decays with ``half_life_days``, None: not at all. ``stable_since`` is when the statement
+    was first made in these words.
     """
 
     id: str
@@ -45,7 +49,11 @@ class CubeFacts:
     hits: int = 0
     strength: float = 0.0
     last_used: datetime | None = None
+    half_life_days: float | None = HALF_LIFE_DAYS
+    valid_from: datetime | None = None
+    valid_to: datetime | None = None
     expires_at: datetime | None = None
+    tags: tuple[str, ...] = ()
     pinned: bool = False
     trust: Trust = "user"
     sensitivity: Sensitivity = "normal"
@@ -78,7 +86,7 @@ def facts_of(
     with store.reading() as connection:
         live = rows.read_cubes(connection, owner, revision=revisions.head(connection, owner))
         older = _earlier_versions(connection, owner, live)
-        used = {row.cube_id: row for row in connection.execute(select(uses).where(uses.c.owner == owner))}
+        used = uses.read(connection, [*live, *older.values()])
         cipher = ciphers.reading(connection, owner)
     by_id = {cube.id: cube for cube in live}
 
@@ -93,6 +101,7 @@ def facts_of(
         header, own = cube.header, [s for s in cube.header.sources if s.owner == owner]
         same = [cube, *_same_words(cube, older)]
         mine = [used[version.id] for version in same if version.id in used]
+        newest = max((use.last_used for use in mine), default=None)
         texts = [by_id[s.cube_id].text or "" for s in own if s.cube_id in by_id]
         found.append(
             CubeFacts(
@@ -102,13 +111,17 @@ def facts_of(
                 state=cube.state,
                 tokens=count(cube.text) if cube.text is not None else sum(map(count, filter(None, texts))),
                 bytes=size(cube),
-                hits=sum(row.hits for row in mine),
-                strength=sum(row.strength for row in mine),
-                last_used=max((from_column(row.last_used) for row in mine), default=None),
+                hits=sum(use.hits for use in mine),
+                strength=sum(use.at(newest) for use in mine) if newest else 0.0,
+                last_used=newest,
+                half_life_days=uses.half_life_of(cube),
                 created_at=header.created_at,
                 stable_since=min(version.header.created_at for version in same),
+                valid_from=header.valid_from,
+                valid_to=header.valid_to,
                 expires_at=header.expires_at,
-                pinned=header.attributes.get("pinned") is True,
+                tags=header.tags,
+                pinned=header.attributes.get("pinned") is True and not DOUBTFUL & set(header.tags),
                 trust=header.trust,
                 sensitivity=header.sensitivity,
                 priority=header.priority,

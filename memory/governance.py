@@ -129,7 +129,7 @@ def grant(
         raise InvalidInputError(f"{right!r:.60} cannot be granted.", hint="Expected 'read' or 'write'.")
     if to.kind == "system" or (to.id == owner and to.kind != "service"):
         raise InvalidInputError(f"{to.name!r} needs no grant of {owner!r}.", hint="Name somebody else.")
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         cube = rows.lookup(connection, owner, [cube_id]).get(cube_id)
         if cube is None:
             raise NotFoundError(f"No cube {cube_id!r:.60} belongs to {owner!r}.", hint="Nothing was granted.")
@@ -149,7 +149,7 @@ def revoke(store: StoreCore, owner: str, cube_id: str, to: Principal) -> None:
     Raises:
         NotFoundError: there is none.
     """
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         if not _delete(connection, owner, cube_id, to):
             raise NotFoundError(
                 f"No grant of {cube_id!r:.60} to {to.name!r} belongs to {owner!r}.",
@@ -202,5 +202,7 @@ def owners_for(connection: Connection, principal: Principal) -> list[str]:
 def readable(connection: Connection, principal: Principal, owner: str) -> list[MemCube]:
     """The live cubes of an owner that a principal may read, oldest first."""
     rights = standing(connection, principal, owner)
+    if rights == Standing():
+        return []
     live = rows.read_cubes(connection, owner, revision=revisions.head(connection, owner))
     return [cube for cube in live if rights.may("read", cube, live=True)]

@@ -209,6 +209,6 @@ def _passages(connection: Connection, candidates: Sequence[_Candidate]) -> list[
     for owner, name, score, why in candidates:
         if (row := rows.get((owner, name))) is not None:
             header, _ = sealed_by[owner].open_header(name, row.header, None)
-            parsed, text = CubeHeader.model_validate_json(header), sealed_by[owner].open_text(name, row.text)
+            parsed, text = CubeHeader.stored(header), sealed_by[owner].open_text(name, row.text)
             passages.append(Passage(name, owner, text, score, parsed.created_at, parsed, why=why))
     return passages

@@ -33,7 +33,7 @@ def to_cube(row: Any, cipher: OwnerCipher = CLEAR) -> MemCube:
     """The cube in a row of the ``cubes`` table, opened with its owner's cipher."""
     header, blob = cipher.open_header(row.id, row.header, row.blob)
     text = None if row.text is None else cipher.open_text(row.id, row.text)
-    parsed, state = CubeHeader.model_validate_json(header), row.state or FIRST
+    parsed, state = CubeHeader.stored(header), row.state or FIRST
     return MemCube(row.id, row.owner, row.kind, text, blob, parsed, row.revision, state)
 
 

@@ -8,7 +8,7 @@
 | move            | when                                                                                |
 |-----------------|-------------------------------------------------------------------------------------|
 | text_to_kv      | gain > cost, each text earns its own share, and all fit the bytes and tokens allowed |
-| text_to_weights | stable, used often, of a trusted source, neither special nor expiring, gain > cost   |
+| text_to_weights | stable, used often, of a trusted source, neither special nor ending, gain > cost     |
 | demote_kv       | a source changed, cold, or of least value for its bytes where not all fit            |
 | demote_weights  | likewise                                                                             |
 | archive         | text that is idle for long, or of least value for its bytes where not all fit        |
@@ -119,10 +119,12 @@ def _stable_texts(scene: Scene) -> list[CubeFacts]:
     options, found = scene.options, []
     for one in scene.those("plaintext"):
         age = (scene.now - one.stable_since) / timedelta(days=1)
-        if (why := allowed(one, options)) is not None:
+        if (why := allowed(one, options, scene.now)) is not None:
             scene.notes[one.id] = why
         elif one.expires_at is not None:
             scene.notes[one.id] = "It will expire, which weights cannot."
+        elif one.valid_to is not None:
+            scene.notes[one.id] = "It will be over, which weights cannot notice."
         elif one.hits < options.weights_min_hits:
             scene.notes[one.id] = f"Used {one.hits} times; weights need {options.weights_min_hits}."
         elif age < options.weights_min_days:
@@ -175,9 +177,11 @@ def _choose(scene: Scene, given: Sequence[CubeFacts], before: Collection[str], r
     known = {one.id for one in given}
     for one in sorted(scene.those("plaintext"), key=lambda one: (-scene.uses(one), one.id)):
         price = options.kv_load_seconds if one.id in before else options.kv_build_seconds
-        if one.id in known or one.id in taught or allowed(one, options) is not None:
+        if one.id in known or one.id in taught or allowed(one, options, scene.now) is not None:
             continue
         if one.id not in before and one.hits < options.kv_min_hits:
+            continue
+        if one.id in before and scene.idle_days(one) > options.cold_days:
             continue
         if scene.value(one) <= one.tokens * price:
             continue

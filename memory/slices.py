@@ -27,6 +27,7 @@ from typing import Any, Self
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int
 
+from persona_sdk.errors import StoreError
 from persona_sdk.memory.calendar_spans import MONTHS
 from persona_sdk.memory.cube import TRUST_ORDER
 from persona_sdk.memory.lexical import Counts, Postings
@@ -70,7 +71,20 @@ class Slice:
 
     @classmethod
     def of(cls, owner: str, stamp: str, rows: Sequence[Any], names: tuple[str, ...] = ()) -> Self:
-        """The slice of rows with the columns of `_COLUMNS`; type names beyond `names` are appended."""
+        """The slice of rows with the columns of `_COLUMNS`; type names beyond `names` are appended.
+
+        Raises:
+            StoreError: a row is damaged. It is not left out: what is not found is taken for not there.
+        """
+        try:
+            return cls._of(owner, stamp, rows, names)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StoreError(
+                f"A row of the store is damaged ({type(error).__name__}).", hint="Restore it from a copy."
+            ) from None  # what parsers say quotes the row
+
+    @classmethod
+    def _of(cls, owner: str, stamp: str, rows: Sequence[Any], names: tuple[str, ...]) -> Self:
         headers = [json.loads(row.header) for row in rows]
         made = [datetime.fromisoformat(header["created_at"]) for header in headers]
         known = {name: code for code, name in enumerate(names)}
@@ -184,6 +198,8 @@ def _day(moment: datetime) -> str:
 def _matrix(data: Sequence[bytes]) -> Float32[np.ndarray, "n d"]:
     if not data:
         return np.zeros((0, 0), np.float32)
+    if len({len(one) for one in data}) > 1:
+        raise ValueError("vectors of one encoder have different lengths")
     return np.frombuffer(b"".join(data), "<f4").astype(np.float32, copy=False).reshape(len(data), -1)
 
 

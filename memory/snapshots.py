@@ -82,7 +82,7 @@ def snapshot(store: StoreCore, owner: str, name: str) -> Snapshot:
     """
     if validate_id(name, "snapshot name").isdigit():
         raise InvalidInputError(f"{name!r:.60} would read as a revision.", hint="Put a letter into the name.")
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         number = revisions.head(connection, owner)
         if not number:
             raise NotFoundError(

@@ -34,7 +34,7 @@ def archive(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "
         NotFoundError: one is not the owner's.
     """
     wanted = _some(ids)
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         number = revisions.advance(connection, owner, message="archive")
         live = set(revisions.live_ids(connection, owner, number))
@@ -52,7 +52,7 @@ def activate(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = 
         NotFoundError: one is not the owner's.
     """
     wanted = _some(ids)
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         number = revisions.advance(connection, owner, message="activate")
         live = set(revisions.live_ids(connection, owner, number))
@@ -75,7 +75,7 @@ def merge(
     """
     wanted, draft = _some(ids), draft.checked()
     blob = None if draft.payload is None else encode(draft.payload)
-    with store.blobs_written([blob] if blob else []) as new, store.writing() as connection:
+    with store.blobs_written([blob] if blob else []) as new, store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         parents = rows.lookup(connection, owner, wanted)
         for cube_id in wanted:
@@ -129,7 +129,7 @@ def freeze(
     """
     if not clean_text(reason, "reason").strip() or (legal_basis is not None and not legal_basis.strip()):
         raise InvalidInputError("A freeze has no reason.", hint="Say why, and on what legal basis if any.")
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         lifecycle.move(connection, owner, cube_id, "frozen", reason=reason, legal_basis=legal_basis)
         held = legal_basis is not None
         events.append(connection, owner, "freeze", {"states": {cube_id: "frozen"}, "legal": held})
@@ -150,7 +150,7 @@ def unfreeze(store: StoreCore, owner: str, cube_id: str, reason: str, *, may_rel
         LifecycleError: it is not frozen.
         NotFoundError: it is not the owner's.
     """
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         now = lifecycle.standings(connection, owner, [cube_id]).get(cube_id)
         if now is None:
             raise NotFoundError(f"No cube {cube_id!r:.60} belongs to {owner!r}.", hint="Nothing was changed.")

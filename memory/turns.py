@@ -1,6 +1,7 @@
 """Turns of conversations as cubes: what is stored of a message, and where it stands in its session."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,14 @@ TURN = "turn"  # the semantic type
 TRUST: dict[str, Trust] = {"user": "user", "assistant": "assistant", "tool": "tool"}
 ORIGIN = {"user": "turn", "assistant": "reply", "tool": "tool"}
 MAX_TEXT = 1_000_000
+
+# What a model thought aloud: between tags, to the end if it was cut off, or from the beginning if the opening
+# tag was a part of the prompt.
+_TAG = "(think|thinking|reasoning)>"
+_REASONING = tuple(
+    re.compile(pattern, re.DOTALL | re.IGNORECASE | re.MULTILINE)
+    for pattern in (rf"<{_TAG}.*?</\1>\s*", rf"\A\s*<{_TAG}.*\Z", rf"\A.*?^</{_TAG}\s*")
+)
 
 
 class Message(FrozenConfig):
@@ -51,7 +60,7 @@ class Session:
 
 
 def parse(messages: Messages) -> list[Message]:
-    """Check what a caller passed; a string is one user message.
+    """Check what a caller passed; a string is one user message. Replies lose the reasoning before them.
 
     Raises:
         InvalidInputError: a role is unknown, or a content is no text.
@@ -68,8 +77,18 @@ def parse(messages: Messages) -> list[Message]:
                 hint='Expected {"role": "user" | "assistant" | "tool", "content": "..."}; nothing is stored.',
             ) from error
         clean_text(found.content, f"content of message {place}")
-        parsed.append(found)
+        parsed.append(without_reasoning(found))
     return parsed
+
+
+def without_reasoning(message: Message) -> Message:
+    """A reply without what its model thought aloud: nobody's statement, and no memory."""
+    if message.role != "assistant" or "<" not in message.content:
+        return message
+    kept = message.content
+    for pattern in _REASONING:
+        kept = pattern.sub("", kept)
+    return message if kept == message.content else message.model_copy(update={"content": kept.rstrip()})
 
 
 def digest(role: str, text: str) -> str:

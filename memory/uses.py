@@ -59,7 +59,7 @@ def record(store: StoreCore, owner: str, ids: Sequence[str], at: datetime) -> No
     if at.tzinfo is None or isinstance(ids, str) or not ids:
         raise InvalidInputError("A use needs a time with a zone, and ids in a list.", hint="Give both.")
     wanted = list(dict.fromkeys(ids))
-    with store.writing() as connection:
+    with store.writing(owner) as connection:
         found = rows.lookup(connection, owner, wanted)
         if missing := [cube_id for cube_id in wanted if cube_id not in found]:
             raise NotFoundError(
@@ -79,14 +79,15 @@ def _count(connection: Connection, cube: MemCube, before: Use | None, at: dateti
         first = {"hits": 1, "strength": 1.0, "last_used": to_column(at)}
         connection.execute(insert(uses).values(**key, **first))
         return
-    newest, half_life = max(at, before.last_used), _half_life(cube)
+    newest, half_life = max(at, before.last_used), half_life_of(cube)
     strength = before.at(newest) + decayed(1.0, newest - at, half_life)
     values = {"hits": before.hits + 1, "strength": strength, "last_used": to_column(newest)}
     mine = (uses.c.owner == cube.owner) & (uses.c.cube_id == cube.id)
     connection.execute(update(uses).where(mine).values(**values))
 
 
-def _half_life(cube: MemCube) -> float | None:
+def half_life_of(cube: MemCube) -> float | None:
+    """Days in which a use of the cube comes to count half; None: it does not decay."""
     return None if cube.state == "frozen" else cube.header.half_life_days or HALF_LIFE_DAYS
 
 
@@ -97,7 +98,7 @@ def read(connection: Connection, cubes: Iterable[MemCube]) -> dict[str, Use]:
     for part in chunks(list(by_id)):
         mine = (uses.c.owner == by_id[part[0]].owner) & uses.c.cube_id.in_(part)
         for row in connection.execute(select(uses).where(mine)):
-            half_life = _half_life(by_id[row.cube_id])
+            half_life = half_life_of(by_id[row.cube_id])
             found[row.cube_id] = Use(row.hits, row.strength, from_column(row.last_used), half_life)
     return {cube_id: found[cube_id] for cube_id in by_id if cube_id in found}
 

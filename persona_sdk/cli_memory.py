@@ -94,7 +94,11 @@ def promote(
     model: Model = "smollm2-135m",
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and why; change nothing.")] = False,
 ) -> None:
-    """Move memories between text, kept keys and values, and weights, as their use pays."""
+    """Move memories between text, kept keys and values, and weights, as their use pays.
+
+    It also erases what has expired, for good, and archives texts that were not used for long, which
+    `persona.memory.activate` brings back. See first with --dry-run.
+    """
     from persona_sdk import PersonaModel
     from persona_sdk.memory.scheduler import explain
 

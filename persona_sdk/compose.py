@@ -26,9 +26,7 @@ from persona_sdk.errors import PromptTooLongError
 from persona_sdk.library import AdapterLibrary, Unused
 from persona_sdk.memory import CubeHeader, MemCube, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
-from persona_sdk.memory.facts import PROMOTION
-from persona_sdk.memory.screening import QUARANTINED
-from persona_sdk.memory.slots import UNCONFIRMED
+from persona_sdk.memory.facts import DOUBTFUL, PROMOTION
 from persona_sdk.memory.turns import TURN
 from persona_sdk.models import LanguageModel
 from persona_sdk.passage_spans import Span, passage_spans
@@ -43,7 +41,6 @@ Recall: TypeAlias = Callable[[tuple[str, ...], str, int, Mapping[str, int]], Seq
 # What the header of a pinned memory says in its attributes. Such a text is in every prompt of its owner, as
 # are those that the scheduler promoted (`persona_sdk.promotion`), which stand behind the pinned ones.
 PINNED = {"pinned": True}
-DOUBTFUL = frozenset({QUARANTINED, UNCONFIRMED})  # tags of what is kept, found, and in no prompt
 _OWNERS_IN_RAM = 1024
 
 _log = logging.getLogger("persona_sdk.compose")

@@ -83,3 +83,9 @@ def test_an_unknown_persona_is_an_error(store, command):
     name = ("name",) if command[1] == "snapshot" else ()
     with pytest.raises(NotFoundError):
         run(*command, "nobody", *name, "--store", store)
+
+
+def test_the_help_of_promote_says_that_it_erases_and_archives():
+    told = " ".join(run("memory", "promote", "--help").split())
+    assert "erases what has expired" in told
+    assert "archives texts" in told

@@ -3,16 +3,17 @@
 import threading
 from datetime import timedelta
 
+import pytest
 import torch
 from sqlalchemy import delete, insert
 from transformers import DynamicCache
 
-from persona_sdk import PersonaModel, promotion
+from persona_sdk import PersonaModel, promotion_weights
 from persona_sdk.adapters import LoRA, distillation
 from persona_sdk.adapters.distillation import DistillationConfig
 from persona_sdk.adapters.gate import Gate
 from persona_sdk.engine.prefix.bundles import shape_of
-from persona_sdk.errors import PromptTooLongError
+from persona_sdk.errors import AdapterError, IncompatibleAdapterError, PromptTooLongError
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.facts import PREFIX, PROMOTION, REJECTION
 from persona_sdk.memory.scheduler import SchedulerOptions, explain
@@ -155,6 +156,29 @@ class TestKeysAndValues:
         cache.update(*(payload[name][0].transpose(0, 1)[None] for name in ("keys", "values")), 0)
         assert cache.get_seq_length() == len(payload["tokens"]) == facts.length == payload["keys"].shape[1]
 
+    def test_defect_2_every_text_is_attended_to(self, model):
+        """A text whose tokens were dropped could be anything: here each one changes the logits after it."""
+        remember(model)
+        Promoter(model, KV).run("alice")
+        (cube,) = live(model, PREFIX)
+        payload = model.store.load_blob("alice", cube.blob)
+        prompt = model.persona("alice").chat("What do you know?", recall_k=0, **FAST).prompt_tokens
+        length = payload["keys"].shape[1]
+        rest = torch.tensor([prompt[length:]])
+
+        def logits(changed):
+            cache = DynamicCache()
+            for layer in range(payload["keys"].shape[0]):
+                pair = [payload[name][layer].transpose(0, 1)[None].clone() for name in ("keys", "values")]
+                pair[1][:, :, changed] += 1.0
+                cache.update(*pair, layer)
+            with torch.inference_mode():
+                return model.base.module(input_ids=rest, past_key_values=cache, use_cache=True).logits[0, -1]
+
+        whole = logits(slice(0, 0))
+        for position in range(length):
+            assert not torch.equal(logits(slice(position, position + 1)), whole), position
+
     def test_defect_3_generation_appends_to_a_copy(self, model):
         remember(model)
         Promoter(model, KV).run("alice")
@@ -208,7 +232,7 @@ class TestKeysAndValues:
         promoter = Promoter(model, KV)
         promoter.run("alice")
         for cube in cubes:
-            use(model, "alice", cube.id, hits=40, days=170)
+            use(model, "alice", cube.id, hits=40, days=400)
         assert set(status(promoter.run("alice"))) == {("demote_kv", "done")}
         assert live(model, PROMOTION) == []
         assert live(model, PREFIX) == []
@@ -296,7 +320,7 @@ class TestWeights:
         assert kept.blob is None
         assert kept.header.attributes["report"]["reasons"] == list(outcome.report.reasons)
         assert model.store.history("alice")[-1].message.startswith("weights refused")
-        monkeypatch.setattr(promotion, "distil", None)  # it would be called in vain
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it would be called in vain
         assert promoter.run("alice") == ()
 
     def test_a_new_text_is_reason_to_try_again(self, model):
@@ -309,14 +333,14 @@ class TestWeights:
 
     def test_a_text_that_leaves_meanwhile_is_not_learned(self, model, monkeypatch):
         cubes = remember(model)
-        real = promotion.distil
+        real = promotion_weights.distil
 
         def slow(*given, **how):
             made = real(*given, **how)
             model.store.commit("alice", retire=[cubes[0].id])
             return made
 
-        monkeypatch.setattr(promotion, "distil", slow)
+        monkeypatch.setattr(promotion_weights, "distil", slow)
         (outcome,) = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run("alice")
         assert outcome.status == "failed"
         assert model.adapters.names("alice") == []
@@ -344,6 +368,60 @@ class TestWeights:
         (outcome,) = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run("alice")
         assert outcome.status == "failed"
         assert model.adapters.names("alice") == []
+
+    def test_it_is_not_made_again_and_again(self, model, monkeypatch):
+        """Training takes minutes; in the background it would be every minute."""
+        remember(model)
+
+        def refuse(*_, **__):
+            raise IncompatibleAdapterError("no", hint="no")
+
+        monkeypatch.setattr(Persona, "attach", refuse)
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+        assert status(promoter.run("alice")) == [("text_to_weights", "failed")]
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it would be called in vain
+        assert promoter.run("alice") == ()
+
+    def test_after_a_crash_before_it_was_attached_the_next_run_attaches_it(self, model, monkeypatch):
+        remember(model)
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+
+        def die(*_, **__):
+            raise KeyboardInterrupt  # as good as a power cut: nothing after it runs
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Persona, "attach", die)
+            with pytest.raises(KeyboardInterrupt):
+                promoter.run("alice")
+        assert model.adapters.names("alice") == ["alice/memory"]
+        assert model.persona("alice").attachments() == []
+        monkeypatch.setattr(promotion_weights, "distil", None)  # it was paid for
+        assert promoter.run("alice") == ()
+        assert model.persona("alice").attachments() == ["alice/memory"]
+        model.persona("alice").detach("alice/memory")
+        promoter.run("alice")
+        assert model.persona("alice").attachments() == []  # whoever detached it, meant it
+
+    @pytest.mark.parametrize("what", ["no probes", "diverged"])
+    def test_what_cannot_be_learned_is_tried_once(self, model, monkeypatch, what):
+        remember(model)
+        calls = []
+
+        def distilled(*_, **__):
+            calls.append(1)
+            raise AdapterError("The loss is nan.", hint="Lower the learning rate.")
+
+        monkeypatch.setattr(promotion_weights, "distil", distilled)
+        if what == "no probes":
+            monkeypatch.setattr(promotion_weights, "probes_of", lambda *_, **__: [])
+        promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN)
+        (outcome,) = promoter.run("alice")
+        assert (outcome.status, len(calls)) == ("rejected", int(what == "diverged"))
+        assert outcome.note
+        (kept,) = live(model, REJECTION)
+        assert kept.header.attributes["reasons"] == [outcome.note]
+        assert promoter.run("alice") == ()
+        assert len(calls) == int(what == "diverged")
 
     def test_cold_adapters_are_detached_and_the_base_is_back(self, model):
         before = model.persona("alice").chat("Hi", recall_k=0, **FAST).tokens
@@ -416,7 +494,7 @@ class TestBackground:
         alice = model.persona("alice")
         before = alice.chat("Hi", recall_k=0, **FAST)
         inside, go = threading.Event(), threading.Event()
-        real = promotion.distil
+        real = promotion_weights.distil
 
         def stuck(base, texts, options, **how):
             def check():
@@ -429,7 +507,7 @@ class TestBackground:
 
         seen, twins = [], distillation.twin
         monkeypatch.setattr(distillation, "twin", lambda given: seen.append(twins(given)) or seen[-1])
-        monkeypatch.setattr(promotion, "distil", stuck)
+        monkeypatch.setattr(promotion_weights, "distil", stuck)
         work = Promoter(model, WEIGHTS, distillation=SMALL, gate=OPEN).run_in_background(["alice"])
         try:
             assert inside.wait(60)  # in the middle of training, with LoRA layers in its tree
@@ -443,13 +521,13 @@ class TestBackground:
     def test_it_stops_at_the_next_step_and_leaves_nothing(self, model, monkeypatch):
         remember(model)
         head = model.store.head("alice")
-        begun, real = threading.Event(), promotion.distil
+        begun, real = threading.Event(), promotion_weights.distil
 
         def watched(*given, **how):
             begun.set()
             return real(*given, **how)
 
-        monkeypatch.setattr(promotion, "distil", watched)
+        monkeypatch.setattr(promotion_weights, "distil", watched)
         endless = SMALL.model_copy(update={"max_steps": 10**6})
         work = Promoter(model, WEIGHTS, distillation=endless, gate=OPEN).run_in_background(["alice"])
         assert begun.wait(60)

@@ -68,6 +68,41 @@ def test_errors_of_the_disk_while_a_blob_is_written(
     assert store.commit("alice", add=[draft]).number == 1
 
 
+def test_a_store_that_turns_read_only_commits_nothing_and_stays_readable(
+    store: MemoryStore, folder: Path, weights: Callable[..., CubeDraft]
+) -> None:
+    """SQLite itself refuses here, whoever runs the test: root may write to read-only folders."""
+    added = store.commit("alice", add=[CubeDraft.of("text"), weights(1)]).added
+    files = sorted(file.name for file in folder.rglob("*.safetensors"))
+    assert store._database is not None
+
+    @event.listens_for(store._database.engine, "begin")
+    def locked(connection: object) -> None:
+        connection.exec_driver_sql("PRAGMA query_only=1")  # type: ignore[attr-defined]
+
+    attempts: list[Callable[[], object]] = [
+        lambda: store.commit("alice", add=[CubeDraft.of("more"), weights(2)]),
+        lambda: store.rollback("alice", 0),
+        lambda: store.forget("alice", list(added)),
+        lambda: store.forget_everything("alice"),
+        lambda: store.archive("alice", list(added)),
+        lambda: store.snapshot("alice", "now"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(StoreError) as caught:
+            attempt()
+        assert type(caught.value) is StoreError
+        assert not caught.value.retryable
+    assert [cube.id for cube in store.cubes("alice")] == list(added)
+    assert store.load_blob("alice", store.cubes("alice")[1].blob or "")
+    assert not list(folder.glob("*.pending"))
+    store.close()
+    with MemoryStore.open(folder) as again:
+        assert again.scrub()
+        assert sorted(file.name for file in folder.rglob("*.safetensors")) == files
+        assert again.commit("alice", add=[CubeDraft.of("more")]).number == 2
+
+
 @pytest.mark.skipif(
     shutil.which("unshare") is None
     or subprocess.run(

@@ -5,6 +5,7 @@ import threading
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from persona_sdk.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
-from persona_sdk.memory import CubeDraft, MemoryStore
+from persona_sdk.memory import CubeDraft, MemoryStore, Principal, transitions, uses
 from persona_sdk.memory.database_errors import translated
 from persona_sdk.memory.postgres import MARKER, is_url
 from tests.memory.test_history import TEXTS, HistoryMachine
@@ -410,6 +411,26 @@ def test_forgotten_rows_are_vacuumed(pair: tuple[MemoryStore, MemoryStore], note
         connection.exec_driver_sql("SELECT count(*) FROM cubes").scalar()
         assert not store.forget("alice", ids[25:]).scrubbed, "somebody can still see them"
     assert store.scrub()
+
+
+def test_what_writes_one_owner_waits_for_no_other(pair: tuple[MemoryStore, MemoryStore]) -> None:
+    one, two = pair
+    first, second, third = two.commit("alice", add=[CubeDraft.of(t) for t in "abc"]).added
+    one.commit("bob", add=[CubeDraft.of("d")])
+    bob = Principal("bob")
+    with one.writing("bob"):  # and so busy with bob all the time
+        uses.record(two, "alice", [first], datetime.now(UTC))
+        two.snapshot("alice", "now")
+        two.grant("alice", first, bob)
+        two.revoke("alice", first, bob)
+        two.archive("alice", [first])
+        two.activate("alice", [first])
+        two.freeze("alice", first, "a dispute")
+        two.unfreeze("alice", first, "settled")
+        transitions.merge(two, "alice", [second, third], CubeDraft.of("b and c"))
+        with pytest.raises(StoreError, match="Another writer"):
+            two.rollback("alice", 1)  # groups may come back with it
+    assert len(two.audit("alice")) == 10
 
 
 def test_who_may_not_vacuum_is_told_no(pair: tuple[MemoryStore, MemoryStore]) -> None:

@@ -10,9 +10,14 @@ from sqlalchemy import insert
 
 from persona_sdk.memory import CubeDraft, Source
 from persona_sdk.memory.cube import TRUST_ORDER, Origin
+from persona_sdk.memory.decisions import Scene
 from persona_sdk.memory.facts import ADAPTER, PREFIX, PROMOTION, REJECTION, CubeFacts, facts_of
 from persona_sdk.memory.scheduler import SchedulerOptions, decide, explain
 from persona_sdk.memory.schema import to_column, uses
+from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.slots import UNCONFIRMED
+from persona_sdk.memory.turns import TURN
+from persona_sdk.memory.uses import HALF_LIFE_DAYS, of, record
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 OPTIONS = SchedulerOptions(kv_bytes=100, lora_bytes=1000, activation_bytes=100_000, parametric_bytes=5000)
@@ -50,6 +55,15 @@ def reason_of(decisions, cube_id):
     return " ".join(made.reason for made in decisions if cube_id in made.cubes)
 
 
+# What must neither stand in every prompt nor enter weights, however often it was used.
+DOUBTS = [
+    ({"valid_to": NOW}, "no longer so"),
+    ({"valid_from": NOW + DAY}, "not so yet"),
+    ({"tags": ("mine", UNCONFIRMED)}, "unconfirmed"),
+    ({"tags": (QUARANTINED,)}, "quarantined"),
+    ({"semantic_type": TURN}, "turn"),
+]
+
 STATES = st.sampled_from(["generated", "activated", "merged", "archived", "frozen"])
 
 
@@ -71,6 +85,9 @@ def scenes(draw):
             sensitivity=draw(st.sampled_from(["normal", "personal", "special"])),
             priority=draw(st.integers(-1, 1)),
             expires_at=draw(st.sampled_from([None, NOW - DAY, NOW + DAY])),
+            valid_from=draw(st.sampled_from([None, NOW - DAY, NOW + DAY])),
+            valid_to=draw(st.sampled_from([None, NOW, NOW + DAY])),
+            tags=draw(st.sampled_from([(), (), (UNCONFIRMED,), (QUARANTINED,)])),
         )
         for number in range(count)
     ]
@@ -164,6 +181,9 @@ class TestWhatAlwaysHolds:
                 assert one.trust in ("system", "confirmed", "user")
                 assert one.state not in ("frozen", "archived")
                 assert one.expires_at is None
+                assert one.valid_to is None
+                assert not one.tags
+                assert one.valid_from is None or one.valid_from <= NOW
                 assert one.hits >= options.weights_min_hits
                 assert NOW - one.stable_since >= options.weights_min_days * DAY
 
@@ -202,7 +222,7 @@ class TestWhatAlwaysHolds:
             if one.last_used is None:
                 return 0.0
             days = (NOW - one.last_used) / DAY
-            return one.hits * 0.5 ** (days / options.half_life_days) * one.tokens / one.bytes
+            return one.hits * 0.5 ** (days / HALF_LIFE_DAYS) * one.tokens / one.bytes
 
         worst = max(density(one) for one in texts if one.id in gone)
         assert all(density(one) >= worst - 1e-9 for one in texts if one.id not in gone)
@@ -233,6 +253,14 @@ class TestKeysAndValues:
 
     def test_uses_long_ago_count_less(self):
         assert not moves(decide([text("a", hits=10, idle=150)], OPTIONS, NOW), "text_to_kv")
+
+    def test_they_decay_with_the_half_life_of_the_text(self):
+        def promoted(half_life):
+            cubes = [text("a", hits=10, idle=60, half_life_days=half_life)]
+            return moves(decide(cubes, OPTIONS, NOW), "text_to_kv")
+
+        assert not promoted(5.0)  # 10 uses are worth 0.002 by now
+        assert promoted(None) == promoted(600.0) == [{"a"}]
 
     def test_what_is_kept_already_is_not_made_again(self):
         cubes = [text("a", hits=10), promotion("p", ["a"]), derived("k", ["a"])]
@@ -265,6 +293,19 @@ class TestKeysAndValues:
         assert [made.kind for made in decisions] == ["keep"]
         assert next(iter(mark.values())) in decisions[0].reason
 
+    @pytest.mark.parametrize(("mark", "why"), DOUBTS)
+    def test_nor_what_is_not_so_or_in_doubt(self, mark, why):
+        decisions = decide([text("a", hits=50, **mark)], OPTIONS, NOW)
+        assert [made.kind for made in decisions] == ["keep"]
+        assert why in decisions[0].reason
+
+    def test_what_is_over_leaves_the_prefix(self):
+        over = text("a", hits=10, valid_to=NOW)
+        cubes = [over, promotion("p", ["a"]), derived("k", ["a"])]
+        assert moves(decide(cubes, OPTIONS, NOW), "demote_kv") == [{"a"}, {"k"}]
+        earlier = decide(cubes, OPTIONS, NOW - DAY)
+        assert not moves(earlier, "demote_kv")
+
     def test_outdated_keys_leave(self):
         cubes = [text("a", hits=1), derived("k", ["a", "z"], complete=False)]
         assert moves(decide(cubes, OPTIONS, NOW), "demote_kv") == [{"k"}]
@@ -294,6 +335,8 @@ class TestWeights:
             {"hits": 4},
             {"since": 6},
             {"expires_at": NOW + DAY},
+            {"valid_to": NOW + DAY},
+            *(mark for mark, _ in DOUBTS),
         ],
     )
     def test_others_do_not(self, change):
@@ -358,6 +401,12 @@ class TestFacts:
         assert (one.tokens, one.bytes, one.hits, one.strength, one.last_used) == (2, 9, 3, 2.5, NOW)
         assert (one.trust, one.sensitivity, one.pinned, one.derived) == ("tool", "special", False, False)
 
+    def test_of_validity_and_tags(self, store):
+        header = {"valid_from": NOW - DAY, "valid_to": NOW, "tags": (UNCONFIRMED,)}
+        store.commit("alice", add=[CubeDraft.of("Lives in Paris.", **header)])
+        (one,) = facts_of(store, "alice")
+        assert (one.valid_from, one.valid_to, one.tags) == (NOW - DAY, NOW, (UNCONFIRMED,))
+
     def test_other_owners_count_for_nothing(self, store):
         mine = store.commit("alice", add=[CubeDraft.of("Two dogs.")]).added[0]
         theirs = store.commit("bob", add=[CubeDraft.of("Two dogs.")]).added[0]
@@ -376,6 +425,30 @@ class TestFacts:
         facts = {one.bytes: one for one in facts_of(store, "alice")}
         assert (facts[10].hits, facts[10].stable_since) == (4, early)
         assert (facts[11].hits, facts[11].stable_since) == (0, late)
+
+    def test_uses_of_all_versions_are_those_of_one_cube_at_every_later_time(self, store):
+        """One formula: the scheduler's expectation is what `uses` says of the same uses of one cube."""
+        first, one = store.commit("alice", add=[CubeDraft.of(t) for t in ("Two dogs.", "A cat.")]).added
+        days = [-200, -190, -150, -20]
+        for day in days:
+            record(store, "alice", [one], NOW + day * DAY)
+        for day in days[:3]:
+            record(store, "alice", [first], NOW + day * DAY)
+        again = CubeDraft.of("Two dogs.", parents=(first,))
+        second = store.commit("alice", retire=[first], add=[again]).added[0]
+        record(store, "alice", [second], NOW + days[3] * DAY)
+        facts = {one.id: one for one in facts_of(store, "alice")}
+        assert facts[second].strength == pytest.approx(facts[one].strength, abs=1e-6)
+        scene = Scene(facts, OPTIONS, NOW)
+        wanted = of(store, "alice")[one].at(NOW)
+        assert scene.uses(facts[second]) == pytest.approx(wanted, abs=1e-6)
+        assert scene.uses(facts[one]) == pytest.approx(wanted, abs=1e-6)
+
+    def test_the_half_life_is_that_of_the_cube(self, store):
+        given = store.commit("alice", add=[CubeDraft.of("Two dogs.", half_life_days=3.0)]).added[0]
+        assert facts_of(store, "alice")[0].half_life_days == 3.0
+        store.freeze("alice", given, "a dispute")
+        assert facts_of(store, "alice")[0].half_life_days is None
 
     def test_of_what_was_derived(self, store):
         text_id = store.commit("alice", add=[CubeDraft.of("Two dogs.")]).added[0]

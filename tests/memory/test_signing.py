@@ -189,7 +189,10 @@ def test_trust_follows_the_signature(
     store.export("alice", archive)  # signed with the algorithm of this test
     assert store.inspect_archive(archive).signature == "known"
     store.import_archive(archive, as_id="again")
-    assert store.cubes("again")[0].header.trust == "system"
+    assert store.cubes("again")[0].header.trust == "import", "it was not said of this persona"
+    store.forget_everything("alice")
+    store.import_archive(archive)
+    assert store.cubes("alice")[0].header.trust == "system"
     with MemoryStore.open(tmp_path / "other") as other:
         summary = other.inspect_archive(archive)
         assert (summary.owner, summary.format, summary.signature) == ("alice", 2, "unknown")
@@ -199,7 +202,10 @@ def test_trust_follows_the_signature(
         if (key := store.public_key()) is not None:
             assert other.inspect_archive(archive, trusted_keys=[key]).signature == "known"
             other.import_archive(archive, as_id="trusted", trusted_keys=[key])
-            assert other.cubes("trusted")[0].header.trust == "system"
+            assert other.cubes("trusted")[0].header.trust == "import"
+            other.forget_everything("alice")
+            other.import_archive(archive, trusted_keys=[key])
+            assert other.cubes("alice")[0].header.trust == "system"
     rewrite(archive, "signature.json", None)
     assert store.inspect_archive(archive).signature == "unknown"
     store.import_archive(archive, as_id="unsigned")
