@@ -13,30 +13,23 @@ Only live turns are enriched. The tasks of a turn that was rolled back rest in t
 waiting, and are done if a later rollback brings the turn back.
 """
 
-import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from persona_sdk.config import validate_id
-from persona_sdk.errors import NotFoundError, RevisionConflictError
+from persona_sdk.errors import NotFoundError
 from persona_sdk.memory import pending, turns
 from persona_sdk.memory.cube import MemCube, TextEncoder, Trust
-from persona_sdk.memory.enricher import Enricher
 from persona_sdk.memory.extraction import Extractor, RuleExtractor
-from persona_sdk.memory.flush_errors import FlushErrors
 from persona_sdk.memory.flush_worker import FlushWorker
+from persona_sdk.memory.flushing import Flusher, OnUse
 from persona_sdk.memory.intake import Intake
-from persona_sdk.memory.pending import Waiting
 from persona_sdk.memory.recording import Recorder
-from persona_sdk.memory.reopening import Reopener
 from persona_sdk.memory.reports import Failure, FlushReport, Observed, WriterConfig
 from persona_sdk.memory.statement import Statement
 from persona_sdk.memory.store import MemoryStore
-
-logger = logging.getLogger("persona_sdk.memory")
 
 
 class MemoryWriter:
@@ -57,17 +50,14 @@ class MemoryWriter:
         *,
         extractor: Extractor | None = None,
         config: WriterConfig | None = None,
-        on_use: Callable[[str, Sequence[str]], None] | None = None,
+        on_use: OnUse | None = None,
     ) -> None:
         self.config = config or WriterConfig()
         self._store = store
         self._intake = Intake(store, embedder, self.config.screen)
-        self._enricher = Enricher(store, embedder, extractor or RuleExtractor(), self.config)
+        chosen = extractor or RuleExtractor()
+        self._flusher = Flusher(store, embedder, chosen, self.config, self._intake, on_use)
         self._recorder = Recorder(store, embedder, self.config)
-        self._reopener = Reopener(store, embedder)
-        self._on_use = on_use
-        self._errors = FlushErrors()
-        store.on_forget(self._errors.drop)
         self._flushing = threading.RLock()
         self._worker = FlushWorker(self.flush)
 
@@ -117,7 +107,7 @@ class MemoryWriter:
         with self._flushing:
             report = FlushReport()
             for name in self._owners() if owner is None else [owner]:
-                report += self._flush_owner(name)
+                report += self._flusher.flush(name)
             return report
 
     def _owners(self) -> list[str]:
@@ -130,39 +120,6 @@ class MemoryWriter:
                 f"There is no persona {owner!r}.", hint="A persona begins with its first turn."
             )
 
-    def _flush_owner(self, owner: str) -> FlushReport:
-        report, tried = self._reopened(owner), set[tuple[str, str]]()
-        while tasks := [t for t in self._waiting(owner) if (t.cube_id, t.task) not in tried]:
-            tried |= {(task.cube_id, task.task) for task in tasks}
-            tasks = [task for task in tasks if task.attempts < self.config.attempts]
-            for start in range(0, len(tasks), self.config.batch):
-                report += self._batch(owner, tasks[start : start + self.config.batch])
-        self._errors.note(report.failures)
-        waiting = self._waiting(owner)  # read after, so that no error of what is forgotten meanwhile stays
-        self._errors.keep(owner, waiting)
-        return replace(report, waiting=len(waiting))
-
-    def _reopened(self, owner: str) -> FlushReport:
-        try:
-            return self._reopener.reopen(owner)
-        except (NotFoundError, RevisionConflictError):
-            return FlushReport()  # somebody else wrote meanwhile; the next flush looks again
-
-    def _waiting(self, owner: str) -> list[Waiting]:
-        with self._store.reading() as connection:
-            return pending.waiting(connection, owner)
-
-    def _batch(self, owner: str, tasks: Sequence[Waiting]) -> FlushReport:
-        _, places = self._intake.places(owner)
-        report = self._enricher.embed(owner, [task for task in tasks if task.task == "embed"])
-        report += self._enricher.enrich(owner, [task for task in tasks if task.task == "enrich"], places)
-        if report.repeated and self._on_use is not None:
-            try:
-                self._on_use(owner, report.repeated)
-            except Exception:  # somebody else's code; what it is told of is committed
-                logger.exception("on_use failed")
-        return report
-
     def failures(self, owner: str) -> list[Failure]:
         """The owner's tasks that have failed at least once and were not done since.
 
@@ -172,11 +129,7 @@ class MemoryWriter:
             NotFoundError: there is no such persona.
         """
         self._require(owner)
-        return [
-            Failure(owner, t.cube_id, t.task, t.attempts, self._errors.of(owner, t))
-            for t in self._waiting(owner)
-            if t.attempts
-        ]
+        return self._flusher.failures(owner)
 
     def retry(self, owner: str) -> int:
         """Give the owner's failed tasks new attempts; how many there were.

@@ -367,14 +367,14 @@ def test_errors_are_kept_only_while_their_tasks_wait(store: MemoryStore, embedde
     (rome,) = writer.observe("alice", "I live in Rome.").turns
     writer.observe("alice", "I was in Rome.")
     writer.flush("alice")
-    assert len(writer._errors) == 2
+    assert len(writer._flusher.errors) == 2
     store.forget("alice", [rome.id])
-    assert len(writer._errors) == 0, "an error may quote what was forgotten"
+    assert len(writer._flusher.errors) == 0, "an error may quote what was forgotten"
     writer.flush("alice")
     assert [failure.error for failure in writer.failures("alice")] == ["ValueError: stumbled over Rome"]
     stumbling.times = 0
     writer.flush("alice")
-    assert len(writer._errors) == 0
+    assert len(writer._flusher.errors) == 0
 
 
 def test_errors_do_not_grow_without_bound() -> None:
