@@ -210,7 +210,11 @@ class PersonaMemory:
                 f"No memory of {self.owner!r} is {query_or_cube_id!r} or contains it.",
                 hint="List them with memories() or look with recall().",
             )
-        return self.store.forget(self.owner, found)
+        receipt = self.store.forget(self.owner, found)
+        statements = {cube.id for cube in cubes if cube.header.slot is not None}
+        if statements & set(receipt.cube_ids):
+            self.flush()  # what a forgotten statement had ended holds again
+        return receipt
 
     def forget_everything(self) -> Receipt:
         """Erase the persona: memories, adapters, vectors and history. Only a tombstone of counts stays."""

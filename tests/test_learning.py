@@ -259,3 +259,11 @@ def test_nobody_learns_from_cached_tokens_what_somebody_else_was_told(model):
         assert persona.chat(said, **FAST).cached_tokens > 0, "kept for oneself"
     assert first["alice"].prompt_tokens == first["bob"].prompt_tokens
     assert first["alice"].tokens == first["bob"].tokens
+
+
+def test_what_a_forgotten_statement_had_ended_holds_again(model):
+    alice = model.persona("alice")
+    alice.learn("I live in Paris.")
+    alice.learn("I moved to Lyon in May 2024.")
+    alice.forget("Lyon")
+    assert texts(alice.memories()) == ["The user lives in Paris."]
