@@ -21,8 +21,9 @@ from benchmarks.harness import Bar, Row
 from benchmarks.memory import Part, Run
 from benchmarks.subjects import smollm2
 from persona_sdk.adapters.distillation import DistillationConfig, distil, greedy
-from persona_sdk.adapters.distillation_data import HELD_OUT, Probe, probes_of, statement_of
 from persona_sdk.adapters.gate import Gate, Scores, guesses, score
+from persona_sdk.adapters.probes import HELD_OUT, Probe, probes_of
+from persona_sdk.adapters.statements import statement_of
 from persona_sdk.adapters.twin import applied, twin
 from persona_sdk.models import LanguageModel
 from persona_sdk.prompting import Message, encode, with_passages

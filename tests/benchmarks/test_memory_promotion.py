@@ -11,7 +11,8 @@ from benchmarks.harness import Cells
 from benchmarks.memory import Run
 from benchmarks.memory_promotion import CATEGORIES, examine, made_facts, persona_texts, summarise
 from persona_sdk.adapters.distillation import DistillationConfig
-from persona_sdk.adapters.distillation_data import statement_of, training_pairs
+from persona_sdk.adapters.distillation_data import training_pairs
+from persona_sdk.adapters.statements import statement_of
 
 SMALL = DistillationConfig(rank=2, num_train_epochs=1, anchors=1, samples=False)
 
