@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from persona_sdk.adapters.distillation_data import ANCHORS, paraphrases, training_pairs
 from persona_sdk.adapters.lora import LoRA, LoRAConfig, bound, select_modules
+from persona_sdk.adapters.statements import Fact
 from persona_sdk.adapters.training import fit, lora_layers
 from persona_sdk.adapters.training_data import IGNORED, collate
 from persona_sdk.adapters.twin import twin
@@ -108,7 +109,7 @@ def distillation_loss(
 
 def distil(
     model: LanguageModel,
-    texts: Sequence[str],
+    texts: Sequence[str | Fact],
     options: Any = None,
     *,
     progress: bool | None = None,
@@ -129,7 +130,7 @@ def distil(
         InvalidInputError: no texts, a blank one, or options that cannot be used.
         AdapterError: training diverged; no adapter is made.
     """
-    if isinstance(texts, str) or not texts or any(not text.strip() for text in texts):
+    if isinstance(texts, str) or not texts or any(not Fact.of(text).text.strip() for text in texts):
         raise InvalidInputError(
             "There is no text to distil.", hint="Give a list of texts that are not blank."
         )
@@ -149,7 +150,7 @@ def distil(
 
 def distillation_rows(
     model: LanguageModel,
-    texts: Sequence[str],
+    texts: Sequence[str | Fact],
     options: DistillationConfig,
     *,
     check: Callable[[], None] = lambda: None,
@@ -157,13 +158,14 @@ def distillation_rows(
     """Token ids, labels, the teacher's distributions and weights of every row."""
     make = _Rows(model, options, check)
     rows = []
-    for text in texts:
-        for question, answer in training_pairs(text):
-            rows.append(make.row(question, make.reply(answer), [text], w=1.0, v=options.lm_weight))
+    for fact in map(Fact.of, texts):
+        known = [fact.text]
+        for question, answer in training_pairs(fact):
+            rows.append(make.row(question, make.reply(answer), known, w=1.0, v=options.lm_weight))
             if options.samples:
-                rows.append(make.row(question, make.greedy(question, [text]), [text], w=1.0, v=0.0))
+                rows.append(make.row(question, make.greedy(question, known), known, w=1.0, v=0.0))
         if options.statement_weight:
-            rows += [make.statement(said) for said in paraphrases(text)]
+            rows += [make.statement(said) for said in paraphrases(fact)]
     if options.anchor_weight:
         for question in ANCHORS[: options.anchors]:
             rows.append(make.row(question, make.greedy(question, []), [], w=options.anchor_weight, v=0.0))

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from persona_sdk.adapters.distillation_data import Probe, Rivals
+from persona_sdk.adapters.probes import Probe, Rivals
 from persona_sdk.adapters.twin import applied, twin
 from persona_sdk.config import FrozenConfig
 from persona_sdk.errors import InvalidInputError

@@ -1,6 +1,7 @@
 """Text to weights: what an adapter distilled from a persona's facts recalls, and what it costs elsewhere.
 
 made facts       "My favourite fruit is papaya.": questions not drilled, wrong ends of the same category
+stored facts     "The user lives in Lyon since May 2024.": the same, as the writer of the memory stores it
 persona          sentences of Synthetic-Persona-Chat, wrong ends that the base model itself would say
 recall           share of questions whose right end is likelier than the wrong ones (4 ends, chance 0.25)
 said             share of greedy answers that hold the value
@@ -12,7 +13,8 @@ Every row is measured for the base alone, with the texts in the prompt, and with
 import csv
 import gzip
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,12 @@ from benchmarks.harness import Bar, Row
 from benchmarks.memory import Part, Run
 from benchmarks.subjects import smollm2
 from persona_sdk.adapters.distillation import DistillationConfig, distil, greedy
-from persona_sdk.adapters.distillation_data import HELD_OUT, Probe, probes_of, statement_of
 from persona_sdk.adapters.gate import Gate, Scores, guesses, score
+from persona_sdk.adapters.probes import HELD_OUT, Probe, probes_of
+from persona_sdk.adapters.statements import Fact, statement_of
 from persona_sdk.adapters.twin import applied, twin
+from persona_sdk.memory.extraction import RuleExtractor
+from persona_sdk.memory.statement import Turn
 from persona_sdk.models import LanguageModel
 from persona_sdk.prompting import Message, encode, with_passages
 from persona_sdk.tensors import TensorBundle
@@ -43,21 +48,47 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "My allergy is {}.": ("hazelnuts", "pollen", "milk", "cats", "wheat", "shrimp"),
     "My favourite sport is {}.": ("rowing", "tennis", "football", "boxing", "hockey", "judo"),
 }
+SAID: dict[str, tuple[str, ...]] = {
+    "I moved to {} in May 2024.": ("Lyon", "Oslo", "Lisbon", "Chicago", "Osaka", "Dublin"),
+    "I have a dog called {}.": ("Biscuit", "Rex", "Max", "Bella", "Luna", "Charlie"),
+    "I hate {}.": ("cilantro", "olives", "garlic", "mushrooms", "onions", "liver"),
+    "I'm a {}.": ("nurse", "teacher", "plumber", "farmer", "baker", "pilot"),
+    "I work for {}.": ("Siemens", "Nokia", "Toyota", "Boeing", "Nestle", "Lego"),
+    "My sister is called {}.": ("Ingrid", "Paula", "Maria", "Sofia", "Helen", "Ruth"),
+    "My favourite colour is {}.": ("turquoise", "green", "orange", "purple", "yellow", "grey"),
+    "I speak {}.": ("Finnish", "Spanish", "German", "Korean", "Polish", "Arabic"),
+    "I love {}.": ("rowing", "chess", "sailing", "knitting", "opera", "jazz"),
+    "I drive a {}.": ("Volvo", "Fiat", "Honda", "Ford", "Jeep", "Toyota"),
+    "I'm learning {}.": ("Welsh", "Greek", "Hindi", "Turkish", "Dutch", "Czech"),
+    "I no longer eat {}.": ("meat", "sugar", "cheese", "bread", "fish", "eggs"),
+}
+SAID_AT = datetime(2025, 3, 10, tzinfo=UTC)
 
 
-def made_facts(seed: int, count: int) -> tuple[list[str], list[Probe]]:
+def stored(sentence: str) -> Fact:
+    """The statement that the memory's writer makes of a sentence, with attribute and value."""
+    (found,) = RuleExtractor().extract([Turn("user", sentence, SAID_AT)]).statements
+    return Fact(found.text, found.attribute, found.value)
+
+
+def made_facts(
+    seed: int,
+    count: int,
+    categories: Mapping[str, Sequence[str]] = CATEGORIES,
+    make: Callable[[str], Fact] = Fact,
+) -> tuple[list[Fact], list[Probe]]:
     """A persona's facts, and questions with wrong ends of the same category; the same seed gives the same."""
     draw = random.Random(seed)
-    texts, probes = [], []
-    for template in draw.sample(sorted(CATEGORIES), count):
-        values = draw.sample(CATEGORIES[template], 4)
+    facts, probes = [], []
+    for template in draw.sample(sorted(categories), count):
+        values = draw.sample(categories[template], 4)
         right = draw.randrange(4)
-        text = template.format(values[right])
-        said = statement_of(text)
-        ends = tuple(statement_of(template.format(value)).value for value in values)
-        texts.append(text)
+        fact = make(template.format(values[right]))
+        said = statement_of(fact)
+        ends = tuple(statement_of(make(template.format(value))).value for value in values)
+        facts.append(fact)
         probes += [Probe(each.format(question=said.question), said.stem, ends, right) for each in HELD_OUT]
-    return texts, probes
+    return facts, probes
 
 
 def persona_texts(run: Run, seed: int, count: int) -> list[str] | None:
@@ -85,10 +116,11 @@ def said(
 
 
 def examine(
-    model: LanguageModel, texts: Sequence[str], probes: Sequence[Probe], options: DistillationConfig
+    model: LanguageModel, facts: Sequence[str | Fact], probes: Sequence[Probe], options: DistillationConfig
 ) -> dict[str, Any]:
-    """Distil the texts and measure base, prompt and adapter; as a cell."""
-    adapter = distil(model, texts, options, progress=False)
+    """Distil the facts and measure base, prompt and adapter; as a cell."""
+    adapter = distil(model, facts, options, progress=False)
+    texts = [Fact.of(fact).text for fact in facts]
     own = twin(model)
     sides: dict[str, tuple[Sequence[str], TensorBundle | None]] = {
         "base": ((), None),
@@ -122,14 +154,15 @@ def measure(run: Run) -> Part:
 
     cells: dict[str, dict[str, Any]] = {}
     for seed in range(personas * run.seeds):
-        run.tell(f"promotion: made facts of persona {seed}")
+        for kind, categories, make in (("made", CATEGORIES, Fact), ("stored", SAID, stored)):
+            run.tell(f"promotion: {kind} facts of persona {seed}")
 
-        def made(seed: int = seed) -> dict[str, Any]:
-            texts, probes = made_facts(seed, count)
-            return examine(model(), texts, probes, options)
+            def one(seed: int = seed, categories: Any = categories, make: Any = make) -> dict[str, Any]:
+                facts, probes = made_facts(seed, count, categories, make)
+                return examine(model(), facts, probes, options)
 
-        name = f"made facts, persona {seed}"
-        cells[name] = run.cells.run(f"promotion-made-{count}-{_key(options)}-{seed}", made)
+            key = f"promotion-{kind}-facts-{count}-{_key(options)}-{seed}"
+            cells[f"{kind} facts, persona {seed}"] = run.cells.run(key, one)
     notes = []
     texts = None if run.quick else persona_texts(run, 0, 4)
     if texts is not None:
@@ -139,7 +172,7 @@ def measure(run: Run) -> Part:
             probes = probes_of(texts, rivals=guesses(twin(model())))
             return examine(model(), texts, probes, options)
 
-        cells["sentences of the data"] = run.cells.run(f"promotion-data-{_key(options)}", real)
+        cells["sentences of the data"] = run.cells.run(f"promotion-data-facts-{_key(options)}", real)
     elif not run.quick:
         notes.append(f"Promotion: no synthetic_persona_chat in {run.data.name}; made facts only.")
     return summarise(cells, notes)
@@ -147,14 +180,7 @@ def measure(run: Run) -> Part:
 
 def summarise(cells: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> Part:
     """Bars and tables from cells."""
-    made = [cell for name, cell in cells.items() if name.startswith("made")]
     gate = Gate()
-
-    def gains(field: str) -> list[float]:
-        return [cell["sides"]["adapter"][field] - cell["sides"]["base"][field] for cell in made]
-
-    def mean(side: str, field: str) -> float:
-        return float(np.mean([cell["sides"][side][field] for cell in made]))
 
     rows: list[Row] = [
         {
@@ -175,17 +201,9 @@ def summarise(cells: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> Pa
         ).accepted
         for cell in cells.values()
     ]
-    bars = {
-        "promotion: recall of held-out questions": Bar.of(mean("adapter", "recall"), ">=", 0.8),
-        "promotion: gain in recall over the base": Bar.of(float(np.mean(gains("recall"))), ">=", 0.4),
-        "promotion: recall over that with the text in the prompt": Bar.of(
-            mean("adapter", "recall") - mean("text in the prompt", "recall"), ">=", -0.1
-        ),
-        "promotion: change of unrelated answers, nats a token": Bar.of(
-            float(np.mean(gains("ability"))), ">=", -0.25
-        ),
-        "promotion: change of unrelated questions right": Bar.of(float(np.mean(gains("choice"))), ">=", -0.1),
-    }
+    bars: dict[str, Bar] = {}
+    for kind in ("made", "stored"):
+        bars |= _bars(kind, [cell for name, cell in cells.items() if name.startswith(kind)])
     return Part(
         bars=bars,
         tables={"text to weights": rows, "text to weights: what it took": costs},
@@ -195,6 +213,27 @@ def summarise(cells: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> Pa
             "a choice of four ends, chance 0.25; one small model and few personas.",
         ],
     )
+
+
+def _bars(kind: str, cells: Sequence[dict[str, Any]]) -> dict[str, Bar]:
+    """The same bars for facts of either kind."""
+
+    def mean(side: str, field: str) -> float:
+        return float(np.mean([cell["sides"][side][field] for cell in cells]))
+
+    def gain(field: str, over: str = "base") -> float:
+        return mean("adapter", field) - mean(over, field)
+
+    named = {
+        "recall of held-out questions": Bar.of(mean("adapter", "recall"), ">=", 0.8),
+        "gain in recall over the base": Bar.of(gain("recall"), ">=", 0.4),
+        "recall over that with the text in the prompt": Bar.of(
+            gain("recall", "text in the prompt"), ">=", -0.1
+        ),
+        "change of unrelated answers, nats a token": Bar.of(gain("ability"), ">=", -0.25),
+        "change of unrelated questions right": Bar.of(gain("choice"), ">=", -0.1),
+    }
+    return {f"promotion, {kind} facts: {name}": bar for name, bar in named.items()}
 
 
 def _scores(side: dict[str, float]) -> Scores:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_sdk.adapters.distillation import DistillationConfig, distil
-from persona_sdk.adapters.distillation_data import probes_of
 from persona_sdk.adapters.gate import Gate, GateReport, guesses
+from persona_sdk.adapters.probes import probes_of
+from persona_sdk.adapters.statements import Fact
 from persona_sdk.adapters.twin import twin
 from persona_sdk.errors import AdapterError, PersonaError
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Origin, Source
@@ -40,12 +41,14 @@ class TextsToWeights:
     def learn(self, owner: str, decision: Decision, check: Callable[[], None]) -> Outcome:
         """Make an adapter of texts, and attach it if it passes the gate."""
         cubes = self._cubes.texts(owner, decision.cubes)
-        texts = [cube.text or "" for cube in cubes]
-        probes = probes_of(texts, rivals=guesses(twin(self._model.base), check=check))
+        facts = [_fact(cube) for cube in cubes]
+        known = [_fact(cube) for cube in self._cubes.true(owner)]
+        rivals = guesses(twin(self._model.base), check=check)
+        probes = probes_of(facts, known=known, rivals=rivals)
         if not probes:
             return self._refused(owner, decision, cubes, ["Nothing can be asked about these texts."])
         try:
-            adapter = distil(self._model.base, texts, self._distillation, progress=False, check=check)
+            adapter = distil(self._model.base, facts, self._distillation, progress=False, check=check)
         except AdapterError as error:  # diverged; so it would the next time
             return self._refused(owner, decision, cubes, [error.message])
         report = self._gate.test(self._model.base, adapter.tensors, probes, check=check)
@@ -128,3 +131,10 @@ class TextsToWeights:
 
 def _is_ours(cube: MemCube) -> bool:
     return cube.header.title == TITLE and cube.header.origin == DISTILLATION
+
+
+def _fact(cube: MemCube) -> Fact:
+    """A text with the attribute and value that its writer noted, if one did."""
+    noted = [cube.header.attributes.get(name) for name in ("attribute", "value")]
+    attribute, value = (given if isinstance(given, str) else None for given in noted)
+    return Fact(cube.text or "", attribute, value)

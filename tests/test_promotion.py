@@ -309,6 +309,33 @@ class TestWeights:
         assert [part.origin.partition("@")[0] for part in reply.plan.low_rank] == ["alice/memory"]
         assert promoter.run("alice") == ()
 
+    def test_what_was_learned_in_a_conversation_can_be_asked_for_and_is_no_wrong_answer(
+        self, model, monkeypatch
+    ):
+        alice = model.persona("alice")
+        alice.learn("I live in Lyon. I like coffee. I work for Acme. I have a dog called Biscuit.")
+        alice.learn("I love chess. My sister is called Ingrid.")
+        cubes = alice.memories()
+        for cube in cubes[:5]:  # Ingrid is not used, so not in weights
+            use(model, "alice", cube.id)
+        given = []
+        real = Gate.test
+
+        def watched(self, base, tensors, probes, **how):
+            given.extend(probes)
+            return real(self, base, tensors, probes, **how)
+
+        monkeypatch.setattr(Gate, "test", watched)
+        learns = OPEN.model_copy(update={"min_recall_gain": 0.25})
+        longer = SMALL.model_copy(update={"num_train_epochs": 20.0})
+        (outcome,) = Promoter(model, WEIGHTS, distillation=longer, gate=learns).run("alice")
+        assert outcome.status == "done", outcome.note
+        right = {probe.options[probe.right] for probe in given}
+        assert right == {"Lyon", "coffee", "Acme", "Biscuit", "chess"}
+        assert len({probe.question for probe in given}) == len(given) == 10
+        for probe in given:
+            assert not {"coffee", "chess", "Ingrid"} & {*probe.options} - {probe.options[probe.right]}
+
     def test_who_fails_the_gate_leaves_nothing_but_the_reason(self, model, monkeypatch):
         remember(model)
         promoter = Promoter(model, WEIGHTS, distillation=SMALL, gate=SHUT)

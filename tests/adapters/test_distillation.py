@@ -20,17 +20,10 @@ from persona_sdk.adapters.distillation import (
     top_k_kl,
     top_k_targets,
 )
-from persona_sdk.adapters.distillation_data import (
-    ANCHORS,
-    HELD_OUT,
-    Probe,
-    paraphrases,
-    probes_of,
-    statement_of,
-    to_second_person,
-    training_pairs,
-)
+from persona_sdk.adapters.distillation_data import ANCHORS, paraphrases, training_pairs
 from persona_sdk.adapters.gate import ABILITY, Gate, Scores, ends, guesses, score
+from persona_sdk.adapters.probes import HELD_OUT, Probe, probes_of
+from persona_sdk.adapters.statements import statement_of, to_second_person
 from persona_sdk.adapters.training_data import IGNORED
 from persona_sdk.adapters.twin import applied, twin
 from persona_sdk.errors import InvalidInputError

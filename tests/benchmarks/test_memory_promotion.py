@@ -9,9 +9,18 @@ import pytest
 from benchmarks import memory_promotion
 from benchmarks.harness import Cells
 from benchmarks.memory import Run
-from benchmarks.memory_promotion import CATEGORIES, examine, made_facts, persona_texts, summarise
+from benchmarks.memory_promotion import (
+    CATEGORIES,
+    SAID,
+    examine,
+    made_facts,
+    persona_texts,
+    stored,
+    summarise,
+)
 from persona_sdk.adapters.distillation import DistillationConfig
-from persona_sdk.adapters.distillation_data import statement_of, training_pairs
+from persona_sdk.adapters.distillation_data import training_pairs
+from persona_sdk.adapters.statements import statement_of
 
 SMALL = DistillationConfig(rank=2, num_train_epochs=1, anchors=1, samples=False)
 
@@ -22,6 +31,10 @@ def cell(**adapter):
     return {"sides": sides, "texts": 3, "questions": 6, "bytes": 1, "seconds": 1.0, "tokens": 9, "steps": 2}
 
 
+def cells(**adapter):
+    return {f"{kind} facts, persona 0": cell(**adapter) for kind in ("made", "stored")}
+
+
 @pytest.mark.parametrize("template", CATEGORIES)
 def test_every_made_fact_can_be_asked_for_by_its_value(template):
     for value in CATEGORIES[template]:
@@ -30,6 +43,18 @@ def test_every_made_fact_can_be_asked_for_by_its_value(template):
         assert said.answer.endswith(f"{value}.")
         assert said.form
     assert len(set(CATEGORIES[template])) >= 4
+
+
+@pytest.mark.parametrize("template", SAID)
+def test_so_can_every_stored_one(template):
+    for value in SAID[template]:
+        fact = stored(template.format(value))
+        said = statement_of(fact)
+        assert fact.text.startswith("The user")
+        assert said.value.endswith(value)
+        assert said.form
+        assert "user" not in said.question + said.answer
+    assert len({statement_of(stored(each.format(SAID[each][0]))).question for each in SAID}) == len(SAID)
 
 
 def test_facts_follow_from_the_seed_and_questions_are_held_out():
@@ -44,12 +69,12 @@ def test_facts_follow_from_the_seed_and_questions_are_held_out():
 
 
 def test_bars_follow_from_the_cells():
-    good = summarise({"made facts, persona 0": cell(recall=0.9, ability=-2.1)})
+    good = summarise(cells(recall=0.9, ability=-2.1))
     assert all(bar.ok for bar in good.bars.values())
-    assert "accept 1 of 1" in good.notes[-1]
-    bad = summarise({"made facts, persona 0": cell(ability=-3.0, choice=0.5)}, ["a note"])
+    assert "accept 2 of 2" in good.notes[-1]
+    bad = summarise(cells(ability=-3.0, choice=0.5), ["a note"])
     assert not any(bar.ok for bar in bad.bars.values())
-    assert "accept 0 of 1" in bad.notes[-1]
+    assert "accept 0 of 2" in bad.notes[-1]
     json.dumps(bad.tables, allow_nan=False)
 
 
@@ -68,7 +93,7 @@ def test_a_whole_part_on_a_tiny_model(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(memory_promotion, "smollm2", lambda: (tiny, "tiny"))
     monkeypatch.setattr(memory_promotion, "DistillationConfig", lambda **_: SMALL)
     part = memory_promotion.measure(Run(True, 1, 1, tmp_path, Cells(tmp_path), lambda _: None))
-    assert len(part.tables["text to weights"]) == 3
+    assert len(part.tables["text to weights"]) == 6
     monkeypatch.setattr(memory_promotion, "smollm2", lambda: pytest.fail("cells were to be read"))
     again = memory_promotion.measure(Run(True, 1, 1, tmp_path, Cells(tmp_path), lambda _: None))
     assert again.bars == part.bars
