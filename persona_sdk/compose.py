@@ -35,8 +35,8 @@ from persona_sdk.prompting import Message, Messages, drop_oldest, encode, parse_
 from persona_sdk.steering import Contributor
 from persona_sdk.tensors import Digest, TensorBundle
 
-# (owners, query, k, revision by owner) -> passages
-Recall: TypeAlias = Callable[[tuple[str, ...], str, int, Mapping[str, int]], Sequence[Passage]]
+# (owners, query, k, revision by owner, also what others shared) -> passages
+Recall: TypeAlias = Callable[[tuple[str, ...], str, int, Mapping[str, int], bool], Sequence[Passage]]
 
 # What the header of a pinned memory says in its attributes. Such a text is in every prompt of its owner, as
 # are those that the scheduler promoted (`persona_sdk.promotion`), which stand behind the pinned ones.
@@ -90,6 +90,9 @@ class ChatOptions(GenerationOptions):
     recall_k: int = Field(4, ge=0)
     recall_score: float = Field(
         0.1, description="least score, in units of the cosine; unrelated texts score about 0"
+    )
+    recall_shared: bool = Field(
+        False, description="also what others shared with the persona, which nobody has reviewed"
     )
     overflow: Literal["error", "drop_oldest_turns"] = "error"
 
@@ -227,7 +230,9 @@ class Composer:
             return pinned, ()
         asked, known = turns[-1].content, {passage.id for passage in pinned}
         # Twice as many: some are turns that say no more than what was drawn from them.
-        found = self._recall_from(tuple(revisions), asked, 2 * options.recall_k + len(pinned), revisions)
+        found = self._recall_from(
+            tuple(revisions), asked, 2 * options.recall_k + len(pinned), revisions, options.recall_shared
+        )
         near = [p for p in found if p.score >= options.recall_score]
         why = {p.id: p.why for p in near}
         fresh = [p for p in near if p.id not in known]

@@ -72,15 +72,20 @@ class MemorySystem:
         return Retriever(self.store, self._index, self.embedder, options, cross_encoder=self._cross_encoder)
 
     def recall(
-        self, owners: Sequence[str], query: str, k: int, revisions: Mapping[str, int]
+        self, owners: Sequence[str], query: str, k: int, revisions: Mapping[str, int], shared: bool = False
     ) -> Sequence[Passage]:
         """For the composer: the best passages that the first of the owners may read, at these revisions.
 
-        What others shared with it is searched too.
+        Args:
+            owners: the persona, then its groups.
+            query: what was said.
+            k: how many at most.
+            revisions: by owner.
+            shared: also search what others shared with the persona.
         """
         asking = Principal(owners[0], self.store.kind_of(owners[0]) or "user")
         with self.store.reading() as connection:
-            reach = [*owners, *governance.owners_for(connection, asking)]
+            reach = [*owners, *(governance.owners_for(connection, asking) if shared else ())]
             written = any(revisions.get(owner) or head(connection, owner) for owner in reach)
         if not written:  # nobody has written anything yet: the embedder can stay unloaded
             return []

@@ -125,11 +125,16 @@ def test_what_is_special_of_a_group_and_what_was_granted_reach_prompts_as_they_m
     secret = bob.remember("Bob hides chocolate in the cellar.")
     other = bob.remember("Bob is afraid of the dark.")
     bob.memory.share(secret.id, "alice")
-    for found in (alice.recall("member illness door code", k=9), alice.chat("illness?", **WIDE).citations):
+    reviewed = alice.chat("illness?", recall_shared=True, **WIDE)
+    for found in (alice.recall("member illness door code", k=9), reviewed.citations):
         assert set(texts(found)) == {"The club meets on Mondays.", secret.text}
         assert other.id not in {passage.id for passage in found}
-    bob.memory.unshare(secret.id, "alice")
+    # Anybody can share anything with anybody, so it is in no prompt unasked.
     assert texts(alice.chat("illness?", **WIDE).citations) == ["The club meets on Mondays."]
+    bob.memory.unshare(secret.id, "alice")
+    assert texts(alice.chat("illness?", recall_shared=True, **WIDE).citations) == [
+        "The club meets on Mondays."
+    ]
     assert len(club.recall("member illness door code", k=9)) == 3
 
 
@@ -219,7 +224,7 @@ def test_what_others_shared_is_in_no_prompt_while_it_is_in_quarantine(model):
     for cube_id in (turn.id, honest.id):
         bob.memory.share(cube_id, "alice")
     assert {poison, honest.text} <= set(texts(alice.recall("wire the money", k=9)))
-    cited = texts(alice.chat("wire the money", **WIDE).citations)
+    cited = texts(alice.chat("wire the money", recall_shared=True, **WIDE).citations)
     assert honest.text in cited
     assert poison not in cited
 
