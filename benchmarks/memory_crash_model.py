@@ -10,11 +10,9 @@ or nothing; which is read from one sign, and everything else must agree with tha
     receipts   a receipt of this log does not verify
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 import torch
@@ -68,7 +66,7 @@ class Model:
     def __init__(self, template: Persona) -> None:
         self.personas: dict[str, Persona] = {}
         self._template = template
-        self.receipts: list[Line] = []
+        self.receipts: list[str] = []
 
     def replay(self, lines: Sequence[Line], store: MemoryStore) -> None:
         """Apply a log; of its last write only if it was answered, or the store shows that it was made."""
@@ -152,10 +150,7 @@ class Model:
         for owner in sorted(names & wanted):
             self._compare(store, owner, found)
         for row in self.receipts:
-            fields = json.loads(row["canonical"])
-            fields |= {"at": datetime.fromisoformat(fields["at"]), "sha256": row["sha256"]}
-            fields |= {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
-            found["receipts"] += not Receipt(**fields).verify(store)
+            found["receipts"] += not Receipt.from_json(row).verify(store)
         _compare_blobs(store, found)
         return +found
 

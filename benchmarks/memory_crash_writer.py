@@ -16,17 +16,12 @@ from typing import Any
 
 import torch
 
-from persona_sdk.memory import CubeDraft, MemoryStore, Receipt, Source
+from persona_sdk.memory import CubeDraft, MemoryStore, Source
 
 OWNERS = ("alice", "bob")
 ENCODER, DIMENSION = "crash", 16
 WEIGHTS = {"commit": 8, "rollback": 2, "forget": 3, "add_vectors": 2, "import": 2, "forget_everything": 1}
 Log = Callable[[dict[str, Any]], None]
-
-
-def receipt_row(receipt: Receipt) -> dict[str, Any]:
-    """A receipt as it is logged."""
-    return {"canonical": receipt.canonical(), "sha256": receipt.sha256}
 
 
 class Writer:
@@ -80,7 +75,7 @@ class Writer:
         if known := [cube.id for cube in self.store.all_cubes(owner)]:
             ids = self.dice.sample(known, min(len(known), self.dice.randrange(1, 3)))
             self.log({"begin": "forget", "owner": owner, "ids": ids})
-            self.log({"done": "forget", "receipt": receipt_row(self.store.forget(owner, ids))})
+            self.log({"done": "forget", "receipt": self.store.forget(owner, ids).to_json()})
 
     def _add_vectors(self, owner: str) -> None:
         if bare := [cube.id for cube in self.store.missing_vectors(owner, ENCODER)]:
@@ -99,7 +94,7 @@ class Writer:
             name = self.dice.choice(found)
             self.log({"begin": "forget_everything", "owner": name})
             receipt = self.store.forget_everything(name)
-            self.log({"done": "forget_everything", "receipt": receipt_row(receipt)})
+            self.log({"done": "forget_everything", "receipt": receipt.to_json()})
 
 
 def work(store_path: str, log_path: str, archive: str, seed: int) -> None:

@@ -148,9 +148,17 @@ def test_a_receipt_that_is_not_true_is_counted(opened: Opened) -> None:
     store, model, lines = opened
     model.replay(without_receipts(lines), store)
     (row,) = [line["receipt"] for line in lines if "receipt" in line][:1]
-    model.receipts = [row | {"sha256": "0" * 64}]
+    model.receipts = [json.dumps(json.loads(row) | {"sha256": "0" * 64})]
     assert set(model.faults(store)) == {"receipts"}
 
 
 def test_every_kind_of_damage_is_tried() -> None:
     assert {kind for kind, _ in DAMAGE.values()} | {"index", "receipts"} == set(KINDS)
+
+
+def test_a_receipt_is_logged_so_that_it_can_be_verified(opened: Opened) -> None:
+    store, model, lines = opened
+    model.replay(without_receipts(lines), store)
+    (owner,) = [persona.id for persona in store.personas()][:1]
+    model.receipts = [json.loads(json.dumps(store.forget_everything(owner).to_json()))]
+    assert model.faults(store)["receipts"] == 0
