@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks import memory_plots
 from benchmarks.harness import Result, Row
 
 _COLOURS = {"ours": "#2a6fbb", "peft": "#c9752d"}
@@ -158,7 +159,11 @@ def _throughput_panel(axis: Any, rows: Sequence[Row]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-PLOTS: Mapping[str, Callable[[Result], Any]] = {"compose": compose, "serve": serve}
+PLOTS: Mapping[str, Callable[[Result], Any]] = {
+    "compose": compose,
+    "memory": memory_plots.memory,
+    "serve": serve,
+}
 
 
 def png(result: Result) -> bytes | None:
