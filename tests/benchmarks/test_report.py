@@ -60,13 +60,13 @@ def test_a_smoke_run_is_called_one(result):
 def test_generation_writes_report_and_plot_and_repeats_itself(tmp_path, result):
     results, docs = tmp_path / "results", tmp_path / "docs"
     harness.write(result, results / "compose.json")
-    harness.write(result.model_copy(update={"name": "memory"}), results / "memory.json")
+    harness.write(result.model_copy(update={"name": "prefix_reuse"}), results / "prefix_reuse.json")
     assert report.main(["--results", str(results), "--docs", str(docs)]) == 0
     first = (docs / "results.md").read_bytes(), (docs / "img" / "compose.png").read_bytes()
     text = first[0].decode()
     assert "![compose](img/compose.png)" in text
-    assert "## memory" in text
-    assert "img/memory.png" not in text  # it has no plot
+    assert "## prefix_reuse" in text
+    assert "img/prefix_reuse.png" not in text  # it has no plot
     assert first[1].startswith(b"\x89PNG")
     report.generate(results, docs)
     assert ((docs / "results.md").read_bytes(), (docs / "img" / "compose.png").read_bytes()) == first
