@@ -113,6 +113,9 @@ class Model:
             case "import":
                 # The archive's ids are kept or replaced; its contents stand in the same order.
                 names = [cube.id for cube in store.all_cubes(owner)]
+                # What was erased is there again: receipts of it were true until now.
+                again = set(names) | set(self._template.cubes)
+                self.receipts = [r for r in self.receipts if not again & set(Receipt.from_json(r).cube_ids)]
                 renamed = dict(zip(self._template.cubes, names, strict=False))
                 known = self._template.cubes.items()
                 cubes = {renamed[name]: dict(cube) for name, cube in known if name in renamed}
