@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import compose_tables, floor, harness
 from benchmarks.compose_cell import Cell, Stage, Step
-from benchmarks.harness import BenchmarkError, Cells, Result
+from benchmarks.harness import BenchmarkError, Cells
 from benchmarks.subjects import SUBJECTS
 
 NAME = "compose"
@@ -99,21 +99,16 @@ def main(argv: Sequence[str]) -> int:
             progress.console.print(f"[red]Refused:[/red] {error}")
             return 2
     bars, tables, notes = compose_tables.summarise(measured)
-    if len(store.commits) > 1:
-        notes.append(f"Cells were measured at several commits: {', '.join(sorted(store.commits))}.")
-    result = Result(
-        name=NAME,
-        command=harness.command_line(NAME, argv),
-        commit=harness.commit(),
-        machine=harness.machine(),
-        versions=harness.versions("peft", "numpy"),
+    harness.conclude(
+        NAME,
+        argv,
+        options,
         bars=bars,
         tables=tables,
         notes=notes,
+        versions=harness.versions("peft", "numpy"),
+        cells=store,
     )
-    harness.show(result)
-    if options.json:
-        harness.write(result, options.json)
     return 0
 
 

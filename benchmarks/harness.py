@@ -11,7 +11,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -180,6 +180,36 @@ def arguments(name: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--resume", type=Path, metavar="DIR", help="keep finished cells there and skip them")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads")
     return parser
+
+
+def conclude(
+    name: str,
+    argv: Sequence[str],
+    options: argparse.Namespace,
+    *,
+    bars: Mapping[str, Bar],
+    tables: Mapping[str, list[Row]],
+    notes: Sequence[str],
+    versions: Mapping[str, str],
+    cells: Cells | None = None,
+) -> Result:
+    """Put a run together, show it, and write it where ``--json`` says; `cells` tell if commits were mixed."""
+    mixed = sorted(cells.commits) if cells is not None and len(cells.commits) > 1 else []
+    said = [f"Cells were measured at several commits: {', '.join(mixed)}."] if mixed else []
+    result = Result(
+        name=name,
+        command=command_line(name, argv),
+        commit=commit(),
+        machine=machine(),
+        versions=dict(versions),
+        bars=dict(bars),
+        tables=dict(tables),
+        notes=[*notes, *said],
+    )
+    show(result)
+    if options.json:
+        write(result, options.json)
+    return result
 
 
 def command_line(name: str, argv: Sequence[str]) -> str:

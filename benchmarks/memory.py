@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import harness
-from benchmarks.harness import Bar, BenchmarkError, Cells, Result, Row
+from benchmarks.harness import Bar, BenchmarkError, Cells, Row
 
 NAME = "memory"
 PARTS = ("recall", "write", "scale", "crash", "kv", "promotion")
@@ -73,21 +73,16 @@ def main(argv: Sequence[str]) -> int:
     except BenchmarkError as error:
         console.print(f"[red]Refused:[/red] {error}")
         return 2
-    if len(cells.commits) > 1:
-        whole.notes.append(f"Cells were measured at several commits: {', '.join(sorted(cells.commits))}.")
-    result = Result(
-        name=NAME,
-        command=harness.command_line(NAME, argv),
-        commit=harness.commit(),
-        machine=harness.machine(),
-        versions=harness.versions("faiss-cpu", "numpy"),
+    harness.conclude(
+        NAME,
+        argv,
+        options,
         bars=whole.bars,
         tables=whole.tables,
         notes=whole.notes,
+        versions=harness.versions("faiss-cpu", "numpy"),
+        cells=cells,
     )
-    harness.show(result)
-    if options.json:
-        harness.write(result, options.json)
     return 0
 
 

@@ -350,14 +350,13 @@ def main(argv: Sequence[str]) -> int:
     bars, tables = summarise(measured)
     full = [cell["seconds"][FULL] for cell in measured]
     losses = [loss for cell in measured for loss in cell["loss"][FULL]]
-    result = Result(
-        name=NAME,
-        command=harness.command_line(NAME, argv),
-        commit=harness.commit(),
-        machine=harness.machine(),
-        versions=harness.versions("numpy"),
+    result = harness.conclude(
+        NAME,
+        argv,
+        options,
         bars=bars,
         tables=tables,
+        versions=harness.versions("numpy"),
         notes=[
             f"Model: {source}. {len(measured)} memory sets of "
             f"{min(c['memory'] for c in measured)} to {max(c['memory'] for c in measured)} tokens, "
@@ -367,9 +366,6 @@ def main(argv: Sequence[str]) -> int:
             "where a block's keys and values were made; numbers: fraction of block tokens computed anew.",
         ],
     )
-    harness.show(result)
-    if options.json:
-        harness.write(result, options.json)
     if options.png:
         picture(result).savefig(options.png, format="png", dpi=130, metadata={"Software": None})
     return 0

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import harness, serve_latency, serve_replay, serve_tables
-from benchmarks.harness import BenchmarkError, Cells, Result
+from benchmarks.harness import BenchmarkError, Cells
 from benchmarks.peers import vllm_rows
 from benchmarks.serve_step import NARROW, VLLM, Cell, Stage
 from benchmarks.serve_tables import Findings
@@ -226,21 +226,16 @@ def main(argv: Sequence[str]) -> int:
         notes.append(vllm_rows.ABSENT)
     if run.absent:
         notes.append(f"{run.absent} cells of the full run were not measured.")
-    if len(run.store.commits) > 1:
-        notes.append(f"Cells were measured at several commits: {', '.join(sorted(run.store.commits))}.")
-    result = Result(
-        name=NAME,
-        command=harness.command_line(NAME, argv),
-        commit=harness.commit(),
-        machine=harness.machine(),
-        versions={**harness.versions("peft", "numpy"), **run.versions},
+    harness.conclude(
+        NAME,
+        argv,
+        options,
         bars=bars,
         tables=tables,
         notes=notes,
+        versions={**harness.versions("peft", "numpy"), **run.versions},
+        cells=run.store,
     )
-    harness.show(result)
-    if options.json:
-        harness.write(result, options.json)
     return 0
 
 
