@@ -7,6 +7,11 @@
     kv          first token against memory:prompt ratio                      memory_kv.py
     promotion   text to weights: recall of facts, general ability            memory_promotion.py
 
+Data, below ``--data``, published on GitHub: ``locomo`` (snap-research/locomo), ``lmeb_results`` (a table of
+the scores in embeddings-benchmark/results), ``realtalk`` (danny911kr/REALTALK), ``synthetic_persona_chat``
+(google-research-datasets/Synthetic-Persona-Chat). Nothing is downloaded. ``PERSONA_BENCH_MEM0`` names the
+interpreter of an environment with mem0ai and faiss-cpu, for the peer in ``scale``.
+
 A part is a module with ``measure(run) -> Part``. ``--part`` runs some only; with ``--resume`` their cells are
 put together by the next run.
 """
@@ -52,7 +57,9 @@ class Part:
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; returns the exit status. A missed bar is a result, not a failure."""
     parser = harness.arguments(NAME, "What the memory system finds, keeps, loses and costs.")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="DIR")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), metavar="DIR", help="holds the data sets"
+    )
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
     options: Any = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

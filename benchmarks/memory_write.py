@@ -152,7 +152,7 @@ def _stale(said: Sequence[str], texts: Sequence[str], question: str) -> int:
 
 
 def measure(run: Run) -> Part:
-    """Both tables. Nothing here is a bar of the issue."""
+    """Both tables. Nothing here is a bar."""
     from persona_sdk.models import SentenceEmbedder
 
     path = run.data / "synthetic_persona_chat" / "valid.csv.gz"

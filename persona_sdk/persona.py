@@ -140,9 +140,9 @@ class Persona:
     def warm(self, *, system: str = "") -> MemCube | None:
         """Compute what stands first in every prompt of this persona, and keep its keys and values.
 
-        That is the system message and the pinned memories; their keys and values become an `activation`
-        memory, and later chats start after them, also in another process. Any change of an adapter, a gate
-        or a pinned memory leaves it unused: warm again then.
+        That is the system message, the pinned memories and the promoted ones; their keys and values become an
+        `activation` memory, and later chats start after them, also in another process. Any change of an
+        adapter, a gate or one of these memories leaves it unused: warm again then.
 
         Args:
             system: the system message the application puts in front, if any.

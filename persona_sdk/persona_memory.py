@@ -93,7 +93,7 @@ class PersonaMemory:
             StoreFullError: no room; nothing was stored.
         """
         if isinstance(texts, str):
-            raise InvalidInputError("remember_all takes a list of texts.", hint="For one text use remember.")
+            raise InvalidInputError("Expected a list of texts.", hint="For one text use Persona.remember.")
         for index, text in enumerate(texts):
             _check(index, text)
         if not texts:
