@@ -42,7 +42,7 @@ from persona_sdk.adapters.training_data import IGNORED, collate
 from persona_sdk.adapters.twin import twin
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.models import LanguageModel
-from persona_sdk.prompting import Message, control_tokens, defuse, encode, with_passages
+from persona_sdk.prompting import Message, control_tokens, encode, text_ids, with_passages
 
 
 class DistillationConfig(LoRAConfig):
@@ -58,14 +58,6 @@ class DistillationConfig(LoRAConfig):
     anchors: int = Field(len(ANCHORS), ge=0, le=len(ANCHORS), description="unrelated prompts")
     samples: bool = Field(True, description="also learn the teacher's own greedy answers")
     max_answer_tokens: int = Field(24, ge=1, description="of a greedy answer")
-
-
-def kl_divergence(
-    teacher: Float[Tensor, "n v"], student: Float[Tensor, "n v"], temperature: float = 1.0
-) -> Float[Tensor, " n"]:
-    """``T² Σ_i p_i log(p_i / q_i)`` of each row of logits; T² keeps gradients of one size whatever T is."""
-    p, q = (logits.float().div(temperature).log_softmax(-1) for logits in (teacher, student))
-    return temperature**2 * (p.exp() * (p - q)).sum(-1)
 
 
 def top_k_targets(
@@ -134,8 +126,7 @@ def distil(
         raise InvalidInputError(
             "There is no text to distil.", hint="Give a list of texts that are not blank."
         )
-    if not isinstance(options, DistillationConfig):
-        options = DistillationConfig.parse(dict(options or {}))
+    options = DistillationConfig.from_options(options)
     own = twin(model)
     modules = select_modules(own, options.target_modules)
     rows = distillation_rows(own, texts, options, check=check)
@@ -201,8 +192,7 @@ class _Rows:
         self._longest = min(options.max_length, model.context_length)
 
     def reply(self, text: str) -> list[int]:
-        found = self._model.tokenizer(defuse(text, self._control), add_special_tokens=False)["input_ids"]
-        return [*map(int, found), *self._end]
+        return [*text_ids(self._model.tokenizer, text, self._control), *self._end]
 
     def greedy(self, question: str, known: Sequence[str]) -> list[int]:
         """The teacher's own answer."""
@@ -225,8 +215,8 @@ class _Rows:
     def statement(self, text: str) -> dict[str, Any]:
         """The text by itself: its own likelihood counts, no teacher."""
         self._check()
-        found = self._model.tokenizer(defuse(text, self._control))["input_ids"]
-        ids = [*map(int, found), *self._end][: self._longest]
+        found = text_ids(self._model.tokenizer, text, self._control, special=True)
+        ids = [*found, *self._end][: self._longest]
         ids = ids if len(ids) > 1 else [*ids, *ids]  # nothing predicts the very first token
         logits = self._model.module(
             input_ids=torch.tensor([ids], device=self._model.device), use_cache=False

@@ -27,7 +27,7 @@ from persona_sdk.adapters.twin import applied, twin
 from persona_sdk.config import FrozenConfig
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.models import LanguageModel
-from persona_sdk.prompting import Message, control_tokens, defuse, encode, with_passages
+from persona_sdk.prompting import Message, control_tokens, encode, text_ids, with_passages
 from persona_sdk.tensors import TensorBundle
 
 _KNOWN = (
@@ -167,11 +167,8 @@ def ends(module: Any, tokenizer: Any, probe: Probe, known: Sequence[str] = ()) -
     prompt = encode(tokenizer, with_passages([Message(role="user", content=probe.question)], known))
     control = control_tokens(tokenizer)
 
-    def ids(text: str) -> list[int]:
-        return [int(t) for t in tokenizer(defuse(text, control), add_special_tokens=False)["input_ids"]]
-
-    rows = [ids(f"{probe.lead} {option}".strip()) for option in probe.options]
-    lead = ids(probe.lead) if probe.lead else []
+    rows = [text_ids(tokenizer, f"{probe.lead} {option}".strip(), control) for option in probe.options]
+    lead = text_ids(tokenizer, probe.lead, control) if probe.lead else []
     starts = [_common(lead, row[:-1]) for row in rows]
     width = max(map(len, rows))
     device = next(module.parameters()).device
@@ -188,13 +185,13 @@ def ends(module: Any, tokenizer: Any, probe: Probe, known: Sequence[str] = ()) -
 
 def guesses(model: LanguageModel, *, check: Callable[[], None] = lambda: None) -> Rivals:
     """Wrong values that are hard to tell: what the base itself would say, the likeliest first."""
+    control = control_tokens(model.tokenizer)
 
     @torch.inference_mode()
     def of(question: str, lead: str, words: int) -> list[str]:
         check()
         prompt = encode(model.tokenizer, [Message(role="user", content=question)])
-        control = control_tokens(model.tokenizer)
-        begun = model.tokenizer(defuse(lead, control), add_special_tokens=False)["input_ids"] if lead else []
+        begun = text_ids(model.tokenizer, lead, control) if lead else []
         ids = torch.tensor([[*prompt, *begun]], device=model.device)
         first = model.module(input_ids=ids, use_cache=False).logits[0, -1].topk(_GUESSES).indices[:, None]
         rows = torch.cat([ids.expand(_GUESSES, -1), first], dim=1)

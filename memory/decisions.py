@@ -130,12 +130,12 @@ class Scene:
         self.gone.add(one.id)
         self.decide(kind, [one.id], reason, cost=self.value(one), size=-one.bytes)
 
-    def those(self, kind: str, *types: str) -> list[CubeFacts]:
-        """Cubes of a kind that stay, of these semantic types if any are given."""
+    def those(self, kind: str, semantic_type: str | None = None) -> list[CubeFacts]:
+        """Cubes of a kind that stay, of this semantic type if one is given."""
         return [
             one
             for one in self.cubes.values()
-            if one.kind == kind and one.id not in self.gone and (not types or one.semantic_type in types)
+            if one.kind == kind and one.id not in self.gone and semantic_type in (None, one.semantic_type)
         ]
 
     def uses(self, one: CubeFacts) -> float:

@@ -89,6 +89,7 @@ def facts_of(
         used = uses.read(connection, [*live, *older.values()])
         cipher = ciphers.reading(connection, owner)
     by_id = {cube.id: cube for cube in live}
+    tokens = {cube.id: count(cube.text) for cube in live if cube.text}
 
     def size(cube: MemCube) -> int:
         if cube.blob is None:
@@ -102,14 +103,13 @@ def facts_of(
         same = [cube, *_same_words(cube, older)]
         mine = [used[version.id] for version in same if version.id in used]
         newest = max((use.last_used for use in mine), default=None)
-        texts = [by_id[s.cube_id].text or "" for s in own if s.cube_id in by_id]
         found.append(
             CubeFacts(
                 id=cube.id,
                 kind=cube.kind,
                 semantic_type=header.semantic_type,
                 state=cube.state,
-                tokens=count(cube.text) if cube.text is not None else sum(map(count, filter(None, texts))),
+                tokens=sum(tokens.get(i, 0) for i in ([cube.id] if cube.text else (s.cube_id for s in own))),
                 bytes=size(cube),
                 hits=sum(use.hits for use in mine),
                 strength=sum(use.at(newest) for use in mine) if newest else 0.0,

@@ -72,7 +72,9 @@ def _end(scene: Scene) -> None:
     if options.text_bytes is not None:
         left = [one for one in texts if one.id not in scene.gone]
         excess = sum(one.bytes for one in left) - options.text_bytes
-        for one in sorted((m for m in movable if m in left), key=lambda one: (scene.density(one), one.id)):
+        for one in sorted(
+            (m for m in movable if m.id not in scene.gone), key=lambda one: (scene.density(one), one.id)
+        ):
             if excess <= 0:
                 break
             scene.drop(

@@ -36,6 +36,11 @@ class FrozenConfig(BaseModel):
                 hint=f"Known options: {', '.join(sorted(cls.model_fields))}.",
             ) from error
 
+    @classmethod
+    def from_options(cls, given: Any = None) -> Self:
+        """Options that may be given as an instance, a mapping, or None for the defaults; see `parse`."""
+        return given if isinstance(given, cls) else cls.parse(dict(given or {}))
+
 
 class GenerationOptions(FrozenConfig):
     """How tokens are chosen. Names and meanings are those of ``transformers.GenerationConfig``."""

@@ -55,7 +55,6 @@ class MemorySystem:
         self.options = options
         self._embedder = embedder
         self._index = VectorIndex(store)
-        self._writes = False
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -94,7 +93,6 @@ class MemorySystem:
     @cached_property
     def writer(self) -> MemoryWriter:
         """Takes in conversations. ``writer.start()`` lets it work in a thread of its own."""
-        self._writes = True
         return MemoryWriter(self.store, self.embedder, extractor=self._extractor, on_use=self.record_uses)
 
     def learn(
@@ -120,5 +118,5 @@ class MemorySystem:
 
     def close(self) -> None:
         """Stop the writer's thread, if it has one."""
-        if self._writes:
+        if "writer" in vars(self):  # it is made when it is first needed
             self.writer.close()

@@ -87,7 +87,7 @@ class PersonaModel:
             dtype: a torch dtype's name, ``"auto"`` or ``"fastest"``, as in `LanguageModel.from_pretrained`.
             engine: limits of the engine (`persona_sdk.engine.EngineOptions`), or a mapping of them.
             retrieval: weights of recall (`persona_sdk.memory.RetrievalOptions`), or a mapping of them.
-            extractor: draws statements from conversations, as `persona_sdk.memory.LMExtractor`; None: rules.
+            extractor: draws statements from conversations, as `lm_extraction.LMExtractor`; None: rules.
             cross_encoder: reorders what recall found, as a sentence-transformers ``CrossEncoder`` wrapped.
 
         Raises:
@@ -102,16 +102,14 @@ class PersonaModel:
             )
         if isinstance(name, str):  # before the store is opened: a wrong name must not make one
             name = LanguageModel.from_pretrained(name, device=device, dtype=dtype)
-        options = engine if isinstance(engine, EngineOptions) else EngineOptions.parse(dict(engine or {}))
-        if not isinstance(retrieval, RetrievalOptions):
-            retrieval = RetrievalOptions.parse(dict(retrieval or {}))
+        limits, weights = EngineOptions.from_options(engine), RetrievalOptions.from_options(retrieval)
         opened = store if isinstance(store, MemoryStore) else MemoryStore.open(store)
         return cls(
             name,
             opened,
             embedder,
-            options,
-            retrieval,
+            limits,
+            weights,
             extractor=extractor,
             cross_encoder=cross_encoder,
         )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from persona_sdk.adapters.distillation import DistillationConfig
 from persona_sdk.adapters.gate import Gate
+from persona_sdk.compose import promoted_ids
 from persona_sdk.errors import PersonaError
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube, Origin, Source
 from persona_sdk.memory.cube import utc_now
@@ -136,25 +137,27 @@ class Promoter:
     # Keys and values ----------------------------------------------------------------------------------
 
     def _to_kv(self, owner: str, decision: Decision) -> Outcome:
-        before = self._cubes.live(owner, "activation", PROMOTION)
+        before = self._promoted(owner)
         texts = self._cubes.texts(owner, decision.cubes)
         self._promote(owner, texts, f"promote to KV: {decision.reason}")
         try:
             cube = self._warm(owner)
         except PersonaError as error:  # such as a prefix that leaves no room in the context
-            sources = {s.cube_id for made in before for s in made.header.sources}
-            self._promote(owner, self._cubes.texts(owner, sorted(sources)), "promotion to KV taken back")
+            texts = self._cubes.texts(owner, sorted(before))
+            self._promote(owner, texts, "promotion to KV taken back")
             _log.warning("the prefix of %r could not be computed: %s", owner, error)
             return Outcome(decision, "failed", str(error))
         return Outcome(decision, "done", "" if cube else "Too few tokens to keep.")
 
     def _leave_prefix(self, owner: str, decision: Decision) -> None:
         leaving, message = set(decision.cubes), f"demote KV: {decision.reason}"
-        promoted = self._cubes.live(owner, "activation", PROMOTION)
-        named = {source.cube_id for made in promoted for source in made.header.sources}
+        named = self._promoted(owner)
         if named & leaving:
             self._promote(owner, self._cubes.texts(owner, sorted(named - leaving)), message)
         self._cubes.retire(owner, leaving, "activation", message)
+
+    def _promoted(self, owner: str) -> set[str]:
+        return promoted_ids(self._cubes.live(owner, "activation", PROMOTION))
 
     def _promote(self, owner: str, texts: Sequence[MemCube], message: str) -> None:
         """Make these the texts of the stable prefix."""

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 from persona_sdk.errors import NotFoundError
 from persona_sdk.library import commit_edit
 from persona_sdk.memory import MemCube
-from persona_sdk.memory.cube import PersonaKind, utc_now
-from persona_sdk.memory.turns import TURN
+from persona_sdk.memory.cube import PersonaKind
 from persona_sdk.persona import Persona
 
 if TYPE_CHECKING:
@@ -57,12 +56,6 @@ class PromotionCubes:
         """Those of the texts that are live, oldest first."""
         wanted = set(cube_ids)
         return [cube for cube in self._store.cubes(owner, kind="plaintext") if cube.id in wanted]
-
-    def true(self, owner: str) -> list[MemCube]:
-        """The texts that hold now, without recorded turns, oldest first."""
-        now = utc_now()
-        texts = self._store.cubes(owner, kind="plaintext")
-        return [c for c in texts if c.header.valid(now) and c.header.semantic_type != TURN]
 
     def kind(self, owner: str) -> PersonaKind:
         """Whether the owner is a user or a group.

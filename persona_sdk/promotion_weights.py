@@ -42,7 +42,7 @@ class TextsToWeights:
         """Make an adapter of texts, and attach it if it passes the gate."""
         cubes = self._cubes.texts(owner, decision.cubes)
         facts = [_fact(cube) for cube in cubes]
-        known = [_fact(cube) for cube in self._cubes.true(owner)]
+        known = [_fact(cube) for cube in self._cubes.persona(owner).memories()]
         rivals = guesses(twin(self._model.base), check=check)
         probes = probes_of(facts, known=known, rivals=rivals)
         if not probes:

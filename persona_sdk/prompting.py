@@ -76,6 +76,12 @@ def defuse(text: str, control_tokens: Iterable[str]) -> str:
     return text
 
 
+def text_ids(tokenizer: Any, text: str, control: Iterable[str], *, special: bool = False) -> list[int]:
+    """Token ids of a text as ordinary characters; with `special`, those that begin and end it too."""
+    found = tokenizer(defuse(text, control), add_special_tokens=special)["input_ids"]
+    return [int(token) for token in found]
+
+
 def control_tokens(tokenizer: Any) -> list[str]:
     """What a tokenizer reads as one token with a meaning of its own, longest first.
 
