@@ -43,11 +43,8 @@ def content(cube: MemCube, store: MemoryStore) -> Line:
 def snapshot(store: MemoryStore, owner: str) -> Persona:
     """A persona as it is in a store; for what was imported."""
     cubes = store.all_cubes(owner)
-    embedded = set(store.vector_ids(owner, ENCODER)) | {
-        name
-        for number in range(store.head(owner) + 1)
-        for name in store.vector_ids(owner, ENCODER, revision=number)
-    }
+    numbers = range(store.head(owner) + 1)
+    embedded = {name for n in numbers for name in store.vector_ids(owner, ENCODER, revision=n)}
     known = {
         cube.id: content(cube, store)
         | {
@@ -56,7 +53,6 @@ def snapshot(store: MemoryStore, owner: str) -> Persona:
         }
         for cube in cubes
     }
-    numbers = range(store.head(owner) + 1)
     return Persona([{c.id for c in store.cubes(owner, revision=n)} for n in numbers], known)
 
 

@@ -42,23 +42,22 @@ def _retrievers(axis: Any, title: str, rows: Sequence[Row]) -> None:
     values = [_number(row, "recall@10") for row in ordered]
     low = [value - _number(row, "R@10 from") for value, row in zip(values, ordered, strict=True)]
     high = [_number(row, "to") - value for value, row in zip(values, ordered, strict=True)]
-    colours = [OURS if name.startswith("ours") else OTHER for name in names]
-    axis.barh(names, values, color=colours, xerr=[low, high], ecolor=FIRM, capsize=2.5)
-    _numbered(axis, values, high)
-    axis.set_title(f"{title}: recall@10", fontsize=9)
+    _bars(axis, title, names, ordered, high, xerr=[low, high], ecolor=FIRM, capsize=2.5)
 
 
 def _published(axis: Any, title: str, rows: Sequence[Row]) -> None:
     ordered = sorted(rows, key=lambda row: _number(row, "recall@10"))
-    names = [str(row["model"]).split("/")[-1] for row in ordered]
-    values = [_number(row, "recall@10") for row in ordered]
-    axis.barh(names, values, color=[OURS if name.startswith("ours") else OTHER for name in names])
-    _numbered(axis, values, [0.0] * len(values))
-    axis.set_title(f"{title}: recall@10", fontsize=9)
+    _bars(axis, title, [str(row["model"]).split("/")[-1] for row in ordered], ordered, [0.0] * len(ordered))
     axis.tick_params(axis="y", labelsize=7)
 
 
-def _numbered(axis: Any, values: Sequence[float], beyond: Sequence[float]) -> None:
+def _bars(
+    axis: Any, title: str, names: Sequence[str], rows: Sequence[Row], beyond: Sequence[float], **style: Any
+) -> None:
+    """A bar for every row with its number, which stands `beyond` it."""
+    values = [_number(row, "recall@10") for row in rows]
+    axis.barh(names, values, color=[OURS if name.startswith("ours") else OTHER for name in names], **style)
+    axis.set_title(f"{title}: recall@10", fontsize=9)
     for place, (value, more) in enumerate(zip(values, beyond, strict=True)):
         axis.annotate(
             f"{value:.3f}", (value + more, place), (3, 0), textcoords="offset points", va="center", fontsize=7

@@ -62,6 +62,11 @@ class Population:
         """The same personas, without those after the first `users`."""
         return _First(users, sum(self.sizes[:users]), self.seed, self)
 
+    def nearest(self, user: int, query: Array, k: int) -> set[int]:
+        """Rows of a persona's `k` nearest memories, by brute force."""
+        scores = self.vectors(user) @ query
+        return {int(row) for row in np.argsort(-scores, kind="stable")[:k]}
+
     def vectors(self, user: int) -> Array:
         """``[n, d]``, unit length."""
         dice = np.random.default_rng((self.seed, 1, user))

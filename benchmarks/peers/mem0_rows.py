@@ -68,7 +68,7 @@ def measured(python: str, population: Population, users: Sequence[int], k: int) 
         found = json.loads((folder / "found.json").read_text())
     starts, shares = np.cumsum([0, *population.sizes]), []
     for user, rows in zip(users, found["rows"], strict=True):
-        scores = population.vectors(user) @ population.query(user, 4)[1]
-        truth = {int(starts[user] + row) for row in np.argsort(-scores, kind="stable")[:k]}
+        nearest = population.nearest(user, population.query(user, 4)[1], k)
+        truth = {int(starts[user]) + row for row in nearest}
         shares.append(len(set(rows) & truth) / len(truth))
     return {"ms": found["ms"], "version": found["version"], "recall": float(np.mean(shares))}
