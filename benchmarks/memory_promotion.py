@@ -209,12 +209,12 @@ def summarise(cells: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> Pa
         tables={"text to weights": rows, "text to weights: what it took": costs},
         notes=[
             *notes,
-            f"Promotion: the gate would accept {sum(accepted)} of {len(accepted)} adapters. Recall is "
-            "a choice of four ends, chance 0.25; one small model and few personas.",
             "Promotion: held-out questions are the trained ones behind openings that were not trained; other "
             "wordings were not tried. The unrelated questions are short, as the anchors of the training are, "
             "twice of one form with them (a capital, a sum): likelier answers there show that short answers "
             "became likelier, not that the model got abler.",
+            f"Promotion: the gate would accept {sum(accepted)} of {len(accepted)} adapters. Recall is "
+            "a choice of four ends, chance 0.25; one small model and few personas.",
         ],
     )
 

@@ -65,7 +65,7 @@ def test_recall_is_against_brute_force_and_can_be_missed(tmp_path: Path) -> None
         bench = memory_scale._Bench(SMALL, store, None)
         assert bench.recall(range(6), 0) == 1.0
         live = [cube.id for cube in store.cubes(owner(0))]
-        best = memory_scale._truth(SMALL, 0, SMALL.query(0, 0)[1])
+        best = SMALL.nearest(0, SMALL.query(0, 0)[1], memory_scale.K)
         store.commit(owner(0), retire=[live[max(best)]])
         assert bench.recall([0], 0) < 1.0
 
