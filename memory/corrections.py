@@ -71,8 +71,9 @@ class Corrections:
             return None
         head = self._store.head(owner)
         change = self.change(self.rules(owner) if head else [], found, [turn] if turn else [])
+        kind = None if head else "user"
         revision = self._store.commit(
-            owner, add=change.add, retire=change.retire, message="correction", parent=head
+            owner, kind=kind, add=change.add, retire=change.retire, message="correction", parent=head
         )
         return self._store.get(owner, revision.added[0])
 

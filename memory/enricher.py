@@ -133,7 +133,7 @@ class Enricher:
             return ()
         revision = self._store.commit(
             owner,
-            kind=self._store.kind_of(owner) or "user",
+            kind=None,
             add=change.add,
             retire=change.retire,
             message="enrich",

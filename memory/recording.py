@@ -56,9 +56,8 @@ class Recorder:
         change = settled(self._store, self._embedder, self._config.duplicates, owner, held)
         added: tuple[str, ...] = ()
         if change.add or change.retire:
-            kind = self._store.kind_of(owner) or "user"
             added = self._store.commit(
-                owner, kind=kind, add=change.add, retire=change.retire, message="record", parent=head
+                owner, kind=None, add=change.add, retire=change.retire, message="record", parent=head
             ).added
         return FlushReport(
             added=added,

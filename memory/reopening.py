@@ -56,7 +56,7 @@ class Reopener:
             ]
             added = self._store.commit(
                 owner,
-                kind=self._store.kind_of(owner) or "user",
+                kind=None,
                 add=drafts,
                 retire=retire,
                 message="reopen",
