@@ -21,6 +21,7 @@ from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import rows
 from persona_sdk.memory.correction_grammar import Correction, correction_in
 from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Origin, Source, TextEncoder
+from persona_sdk.memory.embedding import embedded
 from persona_sdk.memory.enrichment import Change
 from persona_sdk.memory.followed import Followed
 from persona_sdk.memory.screening import Screen
@@ -106,11 +107,8 @@ class Corrections:
         }
         where = f" ({attributes['task']})" if attributes["task"] else ""
         text = f"{found.trigger[:1].upper()}{found.trigger[1:]}{where}: {found.rule}"
-        vector = self._embedder.encode([text])[0]
-        draft = CubeDraft(
-            text=text, header=CubeHeader.parse(header), vector=vector, encoder=self._embedder.fingerprint
-        )
-        return Change(add=[draft], retire=[old.id] if old is not None else [])
+        add = embedded([CubeDraft(text=text, header=CubeHeader.parse(header))], self._embedder)
+        return Change(add=add, retire=[old.id] if old is not None else [])
 
     def _rival(self, rules: Sequence[MemCube], found: Correction) -> MemCube | None:
         """The newest rule on the same trigger and task that may be replaced."""

@@ -75,9 +75,7 @@ class Drawer:
             live = rows.live_among(connection, owner, named)
             found |= rows.lookup(connection, owner, sorted(live - set(found)))
         readable = {
-            name: cube
-            for name, cube in found.items()
-            if name in live and QUARANTINED not in cube.header.tags
+            name: cube for name, cube in found.items() if name in live and QUARANTINED not in cube.header.tags
         }
         return [
             [

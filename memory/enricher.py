@@ -101,13 +101,7 @@ class Enricher:
                 added = self._write(owner, change, head, tasks)
             except (RevisionConflictError, NotFoundError):
                 continue
-            return FlushReport(
-                turns=len(tasks),
-                added=added,
-                retired=tuple(change.retire),
-                repeated=tuple(change.repeated),
-                unconfirmed=change.unconfirmed,
-            )
+            return FlushReport.of(change, added, turns=len(tasks))
         raise RevisionConflictError("The owner is written to all the time.", hint="Flush again.")
 
     def _add_rules(self, owner: str, asked: Sequence[MemCube], change: Change) -> None:

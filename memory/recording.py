@@ -59,9 +59,4 @@ class Recorder:
             added = self._store.commit(
                 owner, kind=None, add=change.add, retire=change.retire, message="record", parent=head
             ).added
-        return FlushReport(
-            added=added,
-            retired=tuple(change.retire),
-            repeated=tuple(change.repeated),
-            unconfirmed=change.unconfirmed,
-        )
+        return FlushReport.of(change, added)
