@@ -58,8 +58,7 @@ class Corrections:
         """The owner's rules, oldest first."""
         _, ids = self._rules.get(owner)
         with self._store.reading() as connection:
-            live = rows.live_among(connection, owner, list(ids))
-            return list(rows.lookup(connection, owner, [name for name in ids if name in live]).values())
+            return list(rows.live(connection, owner, list(ids)).values())
 
     def learn(self, owner: str, text: str, *, task: str = "", turn: MemCube | None = None) -> MemCube | None:
         """Store what a correction says; the rule's cube, or None if there is nothing to keep.

@@ -33,8 +33,7 @@ class Recorder:
     def confirm(self, owner: str, cube_id: str) -> FlushReport:
         """See `MemoryWriter.confirm`."""
         with self._store.reading() as connection:
-            live = rows.live_among(connection, owner, [cube_id])
-            found = rows.lookup(connection, owner, sorted(live)).get(cube_id)
+            found = rows.live(connection, owner, [cube_id]).get(cube_id)
         if found is None:
             raise NotFoundError(
                 f"No live cube {cube_id!r:.60} belongs to {owner!r}.", hint="Nothing was changed."

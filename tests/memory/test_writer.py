@@ -21,10 +21,11 @@ from persona_sdk.memory.extraction import Extraction, RuleExtractor
 from persona_sdk.memory.flush_errors import FlushErrors
 from persona_sdk.memory.pending import Waiting
 from persona_sdk.memory.reports import Failure
-from persona_sdk.memory.slots import UNCONFIRMED, view
+from persona_sdk.memory.slots import UNCONFIRMED
 from persona_sdk.memory.statement import Statement, Turn
 from persona_sdk.memory.writer import MemoryWriter, WriterConfig
 from persona_sdk.testing import HashEmbedder
+from tests.memory.slot_view import view
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, "-m", "tests.memory.enrichment_process"]
