@@ -3,26 +3,27 @@
 import base64
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from benchmarks.memory import Run
 from benchmarks.recall_data import Pool
 from persona_sdk.embedders import Embedder
 from persona_sdk.memory import CubeDraft, MemoryStore, Origin, RetrievalOptions, Retriever, VectorIndex
-from persona_sdk.memory.fusion import minmax, reciprocal_ranks
 from persona_sdk.memory.index import dense_scores
 from persona_sdk.memory.lexical import tokens
 from persona_sdk.memory.slices import Slice
 
 DEPTH = 100
 OURS = "ours"
+Name = TypeVar("Name", bound=Hashable)
 Answer = tuple[list[int], float]  # ranked rows, score of the best
 
 
@@ -103,6 +104,23 @@ def stored(pool: Pool, known: Known) -> Iterator[Searcher]:
         with store.reading() as connection:
             found = index.get(connection, "talk", known.fingerprint)
         yield Searcher(Retriever(store, index, known, clock=lambda: now), found, known, "talk")
+
+
+def minmax(scores: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Scores stretched to 0..1; zeros where all are equal."""
+    if not len(scores):
+        return scores
+    low, high = float(scores.min()), float(scores.max())
+    return (scores - low) / (high - low) if high > low else np.zeros_like(scores)
+
+
+def reciprocal_ranks(lists: Sequence[Sequence[Name]], *, k: int = 60) -> dict[Name, float]:
+    """Sum of ``1 / (k + rank)`` over the lists a name is in, ranks from 1; best first, ties as first seen."""
+    scores: dict[Name, float] = {}
+    for names in lists:
+        for rank, name in enumerate(dict.fromkeys(names), start=1):
+            scores[name] = scores.get(name, 0.0) + 1 / (k + rank)
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
 def _order(scores: np.ndarray) -> list[int]:

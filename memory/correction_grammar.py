@@ -172,8 +172,9 @@ def correction_in(text: str, *, task: str = "") -> Correction | None:
 
 def _rule_in(sentence: str) -> tuple[str, str, str] | None:
     """Trigger, rule and value."""
-    for pattern, trigger, rule, value in _KNOWN_REGEX:
-        if len(sentence.split()) <= 16 and (found := pattern.match(sentence)):
+    short = len(sentence.split()) <= 16
+    for pattern, trigger, rule, value in _KNOWN_REGEX if short else ():
+        if found := pattern.match(sentence):
             groups = found.groupdict()
             word = groups.get("v") or ""
             word = word.capitalize() if trigger == "language of replies" else word

@@ -21,6 +21,7 @@ from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import rows
 from persona_sdk.memory.correction_grammar import Correction, correction_in
 from persona_sdk.memory.cube import CubeDraft, CubeHeader, MemCube, Origin, Source, TextEncoder
+from persona_sdk.memory.embedding import embedded
 from persona_sdk.memory.enrichment import Change
 from persona_sdk.memory.followed import Followed
 from persona_sdk.memory.screening import Screen
@@ -57,8 +58,7 @@ class Corrections:
         """The owner's rules, oldest first."""
         _, ids = self._rules.get(owner)
         with self._store.reading() as connection:
-            live = rows.live_among(connection, owner, list(ids))
-            return list(rows.lookup(connection, owner, [name for name in ids if name in live]).values())
+            return list(rows.live(connection, owner, list(ids)).values())
 
     def learn(self, owner: str, text: str, *, task: str = "", turn: MemCube | None = None) -> MemCube | None:
         """Store what a correction says; the rule's cube, or None if there is nothing to keep.
@@ -71,8 +71,9 @@ class Corrections:
             return None
         head = self._store.head(owner)
         change = self.change(self.rules(owner) if head else [], found, [turn] if turn else [])
+        kind = None if head else "user"
         revision = self._store.commit(
-            owner, add=change.add, retire=change.retire, message="correction", parent=head
+            owner, kind=kind, add=change.add, retire=change.retire, message="correction", parent=head
         )
         return self._store.get(owner, revision.added[0])
 
@@ -105,11 +106,8 @@ class Corrections:
         }
         where = f" ({attributes['task']})" if attributes["task"] else ""
         text = f"{found.trigger[:1].upper()}{found.trigger[1:]}{where}: {found.rule}"
-        vector = self._embedder.encode([text])[0]
-        draft = CubeDraft(
-            text=text, header=CubeHeader.parse(header), vector=vector, encoder=self._embedder.fingerprint
-        )
-        return Change(add=[draft], retire=[old.id] if old is not None else [])
+        add = embedded([CubeDraft(text=text, header=CubeHeader.parse(header))], self._embedder)
+        return Change(add=add, retire=[old.id] if old is not None else [])
 
     def _rival(self, rules: Sequence[MemCube], found: Correction) -> MemCube | None:
         """The newest rule on the same trigger and task that may be replaced."""

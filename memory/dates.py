@@ -58,7 +58,7 @@ _OPENS: dict[str, Callable[[Interval], Interval]] = {
     "till": lambda span: Interval(None, span.end),
     "by": lambda span: Interval(None, span.end),
 }
-_BEFORE_IT = re.compile(r"\b(since|after|before|until|till|by)(?: the)?(?: (?:early|late))? $", re.IGNORECASE)
+_BEFORE_IT = re.compile(rf"\b({'|'.join(_OPENS)})(?: the)?(?: (?:early|late))? $", re.IGNORECASE)
 _JOINS = re.compile(r" ?(?:and|to|until|till|-|–) (?:the )?", re.IGNORECASE)
 
 
@@ -73,8 +73,7 @@ def parse(text: str, reference: datetime) -> Interval | None:
     if found is None:
         return None
     match, span = found
-    opening = _BEFORE_IT.search(text[: match.start()])
-    if opening and opening[1].lower() in _OPENS:
+    if opening := _BEFORE_IT.search(text[: match.start()]):
         return _OPENS[opening[1].lower()](span)
     if join := _JOINS.match(text, match.end()):
         second = _first(text, join.end(), reference)

@@ -70,10 +70,13 @@ class Drawer:
                 numbers[place.number - 1] = before
             numbers[place.number] = cube.id
         named = [name for numbers in wanted.values() for name in numbers.values()]
+        found = {cube.id: cube for cube in asked}
         with self._store.reading() as connection:
             live = rows.live_among(connection, owner, named)
-            found = rows.lookup(connection, owner, [name for name in named if name in live])
-        readable = {name: cube for name, cube in found.items() if QUARANTINED not in cube.header.tags}
+            found |= rows.lookup(connection, owner, sorted(live - set(found)))
+        readable = {
+            name: cube for name, cube in found.items() if name in live and QUARANTINED not in cube.header.tags
+        }
         return [
             [
                 readable[name]

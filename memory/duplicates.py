@@ -62,7 +62,6 @@ class Match:
     relation: Relation
     place: int | None = None
     cosine: float = 0.0
-    overlap: float = 0.0
 
 
 def content_words(text: str) -> list[str]:
@@ -105,7 +104,7 @@ def nearest(
     cosines = (matrix @ vector).tolist()
     ranks: dict[Relation, int] = {"repeated": 3, "merged": 2, "linked": 1, "distinct": 0}
     found = [
-        Match(relate(cosine, text, other, config), place, cosine, overlap(text, other))
+        Match(relate(cosine, text, other, config), place, cosine)
         for place, (other, cosine) in enumerate(zip(others, cosines, strict=True))
     ]
     best = max(found, key=lambda match: (ranks[match.relation], match.cosine))

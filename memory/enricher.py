@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from persona_sdk.errors import NotFoundError, RevisionConflictError
-from persona_sdk.memory import pending, rows, turns
+from persona_sdk.memory import pending, revisions, rows, turns
 from persona_sdk.memory.correction_grammar import Correction, correction_in
 from persona_sdk.memory.corrections import Corrections
 from persona_sdk.memory.cube import MemCube, TextEncoder
@@ -64,47 +64,44 @@ class Enricher:
         done = [task for task in tasks if task.cube_id not in drawn.failed]
         report = self._failed(owner, tasks, drawn.failed)
         report += FlushReport(below_threshold=drawn.below, problems=tuple(drawn.problems))
-        return report + self._committed(owner, done, drawn.held)
+        return report + self._committed(owner, done, cubes, drawn.held)
 
-    def _committed(self, owner: str, tasks: Sequence[Waiting], held: Sequence[Held]) -> FlushReport:
+    def _committed(
+        self, owner: str, tasks: Sequence[Waiting], cubes: Mapping[str, MemCube], held: Sequence[Held]
+    ) -> FlushReport:
         try:
-            return self._commit(owner, list(tasks), held)
+            return self._commit(owner, list(tasks), cubes, held)
         except Exception as error:
             if len(tasks) <= 1:
                 return self._failed(owner, tasks, {task.cube_id: error for task in tasks})
         report = FlushReport()
         for task in tasks:
             mine = [one for one in held if one.header.sources[-1].cube_id == task.cube_id]
-            report += self._committed(owner, [task], mine)
+            report += self._committed(owner, [task], cubes, mine)
         return report
 
-    def _commit(self, owner: str, tasks: list[Waiting], held: Sequence[Held]) -> FlushReport:
+    def _commit(
+        self, owner: str, tasks: list[Waiting], cubes: Mapping[str, MemCube], held: Sequence[Held]
+    ) -> FlushReport:
+        named = sorted({source.cube_id for one in held for source in one.header.sources})
         for _ in range(RETRIES):
-            head = self._store.head(owner)
             with self._store.reading() as connection:
-                there = {(task.cube_id, task.task) for task in pending.waiting(connection, owner)}
+                head = revisions.head(connection, owner)
+                waiting = pending.waiting(connection, owner, among=[task.cube_id for task in tasks])
+                live = rows.live_among(connection, owner, named)
+            there = {(task.cube_id, task.task) for task in waiting}
             tasks = [task for task in tasks if (task.cube_id, task.task) in there]
             if not tasks:
                 return FlushReport()  # done by somebody else, forgotten or rolled back
-            asked = self._store.lookup(owner, [task.cube_id for task in tasks])
-            named = {source.cube_id for one in held for source in one.header.sources}
-            with self._store.reading() as connection:
-                live = rows.live_among(connection, owner, sorted(named))
             standing = [one for one in held if all(source.cube_id in live for source in one.header.sources)]
             try:
                 change = settled(self._store, self._embedder, self._config.duplicates, owner, standing)
                 if self._config.corrections:
-                    self._add_rules(owner, list(asked.values()), change)
+                    self._add_rules(owner, [cubes[task.cube_id] for task in tasks], change)
                 added = self._write(owner, change, head, tasks)
             except (RevisionConflictError, NotFoundError):
                 continue
-            return FlushReport(
-                turns=len(tasks),
-                added=added,
-                retired=tuple(change.retire),
-                repeated=tuple(change.repeated),
-                unconfirmed=change.unconfirmed,
-            )
+            return FlushReport.of(change, added, turns=len(tasks))
         raise RevisionConflictError("The owner is written to all the time.", hint="Flush again.")
 
     def _add_rules(self, owner: str, asked: Sequence[MemCube], change: Change) -> None:
@@ -130,7 +127,7 @@ class Enricher:
             return ()
         revision = self._store.commit(
             owner,
-            kind=self._store.kind_of(owner) or "user",
+            kind=None,
             add=change.add,
             retire=change.retire,
             message="enrich",

@@ -15,10 +15,6 @@ class FlushWorker:
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def is_alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread is not None and self._thread.is_alive()
-
     def wake(self) -> None:
         """There may be something to do."""
         self._wake.set()

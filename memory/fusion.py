@@ -13,7 +13,7 @@
 
 The gate mutes the words where no memory covers the query, as for questions of taste, and trusts them where
 names and dates match. Rank fusion cannot do that: it throws the margins away, so that a weak list has the
-same vote as a strong one. Use `reciprocal_ranks` for three or more lists of like quality.
+same vote as a strong one.
 
 A score here is between 0 and about 2 and says nothing across owners, because the best of every slice gets the
 same. So `fuse` answers in units of the cosine: ``min cos + span * score``, the same order within a slice.
@@ -21,14 +21,11 @@ What a neighbour adds is counted from the mean, so that a memory without a conve
 worse for it.
 """
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-
-Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +42,6 @@ class Parts:
         """The fused scores."""
         total: np.ndarray[Any, Any] = self.dense + self.lexical + self.neighbours
         return total
-
-
-def minmax(scores: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Scores stretched to 0..1; zeros where all are equal."""
-    if not len(scores):
-        return scores
-    low, high = float(scores.min()), float(scores.max())
-    return (scores - low) / (high - low) if high > low else np.zeros_like(scores)
 
 
 def gated(bm25: Float[np.ndarray, " n"], coverage: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -97,12 +86,3 @@ def fuse(
         known = together if visible is None else np.where(visible, together, np.float32(mean))
         around = neighbours(known, before, after, mean) * np.float32(neighbour_weight)
     return Parts(dense, words, around, span)
-
-
-def reciprocal_ranks(lists: Sequence[Sequence[Name]], *, k: int = 60) -> dict[Name, float]:
-    """Sum of ``1 / (k + rank)`` over the lists a name is in, ranks from 1; best first, ties as first seen."""
-    scores: dict[Name, float] = {}
-    for names in lists:
-        for rank, name in enumerate(dict.fromkeys(names), start=1):
-            scores[name] = scores.get(name, 0.0) + 1 / (k + rank)
-    return dict(sorted(scores.items(), key=lambda item: -item[1]))

@@ -52,13 +52,13 @@ def statements(clause: Clause, said: datetime, turn: int = 0) -> Iterator[Statem
     introduced = _GREETED.match(clause.text) if clause.greeted else None
     if introduced and not is_nationality(introduced["v"]):
         form = Plain(f"my name is {introduced['v']}", "positive")
+    timed, whole = _trimmed(form.text), _trimmed(full.text)
     found: list[Statement] = []
     for pattern in PATTERNS:
         if found and (pattern.attribute != "job" or found[0].attribute != "employer"):
             continue
-        known = form if pattern.timed else full
-        if match := pattern.regex.match(_trimmed(known.text)):
-            then = time if pattern.timed else when.When()
+        if match := pattern.regex.match(timed if pattern.timed else whole):
+            known, then = (form, time) if pattern.timed else (full, when.When())
             found += _of(pattern, match, known, then, clause, turn)
     yield from found
 

@@ -3,15 +3,16 @@
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 
 from sqlalchemy import Connection
+from torch import Tensor
 
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, RevisionConflictError
 from persona_sdk.memory import pending, turns
 from persona_sdk.memory.cube import CubeDraft, TextEncoder, utc_now
+from persona_sdk.memory.embedding import embedded
 from persona_sdk.memory.followed import Followed
 from persona_sdk.memory.reports import Observed
 from persona_sdk.memory.salience import echoes
@@ -42,6 +43,7 @@ class Intake:
         prompts = [system, *(message.content for message in parsed if message.role == "system")]
         spoken = [message for message in parsed if message.role != "system"]
         now = utc_now()
+        vectors: dict[str, Tensor] = {}  # by text, kept over the retries
         with (
             self._lock
         ):  # threads of this process wait for each other; other processes are met by the retries
@@ -55,7 +57,7 @@ class Intake:
                 result = {n: self._same(there, n, m, session) for n, m in numbered if n in there.found}
                 new = [(n, message) for n, message in numbered if n not in there.found]
                 drafts = [self._draft(message, session, n, now, prompts) for n, message in new]
-                drafts, problem = self._embedded(drafts)
+                drafts, problem = self._embedded(drafts, vectors)
                 try:
                     ids = self._store_turns(owner, kind, head, drafts) if drafts else ()
                 except RevisionConflictError:
@@ -98,16 +100,13 @@ class Intake:
             )
         return cube_id
 
-    def _embedded(self, drafts: list[CubeDraft]) -> tuple[list[CubeDraft], str]:
+    def _embedded(self, drafts: list[CubeDraft], known: dict[str, Tensor]) -> tuple[list[CubeDraft], str]:
         """The drafts with vectors, or as they are and what went wrong."""
         try:
-            vectors = self._embedder.encode([draft.text or "" for draft in drafts]) if drafts else ()
+            return embedded(drafts, self._embedder, known), ""
         except Exception as error:  # whatever an embedder raises: the raw turn is worth more
             logger.warning("turns are stored without vectors: %s", type(error).__name__)
             return drafts, f"{type(error).__name__}: {error}"
-        name = self._embedder.fingerprint
-        pairs = zip(drafts, vectors, strict=True)
-        return [replace(draft, vector=vector, encoder=name) for draft, vector in pairs], ""
 
 
 def _to_enrich(draft: CubeDraft) -> bool:

@@ -110,10 +110,10 @@ class Counts:
         stay = rows >= 0
         return Counts(self.terms[stay], rows[stay].astype(np.int32), self.counts[stay])
 
-    def plus(self, other: "Counts") -> "Counts":
-        """Both tables in one; entries of one term and row are added."""
-        pairs = ((self.terms, other.terms), (self.rows, other.rows), (self.counts, other.counts))
-        return Counts(*(np.concatenate(pair) for pair in pairs)).summed()
+    def plus(self, *others: "Counts") -> "Counts":
+        """All tables in one, `summed`; entries of one term and row are added."""
+        columns = zip(*((of.terms, of.rows, of.counts) for of in (self, *others)), strict=True)
+        return Counts(*map(np.concatenate, columns)).summed()
 
     def summed(self) -> "Counts":
         """Sorted by term and row, with one entry each."""
@@ -148,13 +148,12 @@ class Postings:
         k1: float = K1,
         b: float = B,
     ) -> "Postings":
-        """Index `counts`; ``before`` and ``after`` name each row's neighbours, -1 where there is none."""
+        """Index `counts`, which are summed; ``before`` and ``after`` name each row's neighbours, -1: none."""
         size = len(before)
         if context > 0:
             around = Counts(counts.terms, counts.rows, counts.counts * np.float32(context))
             # Row r is the one before after[r], so it lends its words to that row, and likewise backwards.
-            counts = counts.plus(around.kept(after)).plus(around.kept(before))
-        counts = counts.summed()
+            counts = around.kept(before).plus(counts, around.kept(after))
         starts = np.flatnonzero(np.diff(counts.terms, prepend=counts.terms[:1] - 1))
         ends = np.append(starts[1:], len(counts.terms)).astype(np.int64)[: len(starts)]
         df = ends - starts

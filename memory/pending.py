@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from persona_sdk.errors import RevisionConflictError
+from persona_sdk.memory.rows import chunks
 from persona_sdk.memory.schema import memberships, pending
 
 Task: TypeAlias = Literal["enrich", "embed"]
@@ -43,8 +44,11 @@ def owners(connection: Connection, *, attempts: int) -> list[str]:
     return list(connection.execute(query.distinct().order_by(pending.c.owner)).scalars())
 
 
-def waiting(connection: Connection, owner: str) -> list[Waiting]:
-    """The owner's tasks of live cubes in order, also those that failed too often."""
+def waiting(connection: Connection, owner: str, *, among: Sequence[str] | None = None) -> list[Waiting]:
+    """The owner's tasks of live cubes in order, also those that failed too often.
+
+    `among` are the cubes that are asked about; None asks about all.
+    """
     mine = (pending.c.owner == owner) & pending.c.task.in_(TASKS)
     live = (
         select(memberships.c.seq)
@@ -52,8 +56,10 @@ def waiting(connection: Connection, owner: str) -> list[Waiting]:
         .where(memberships.c.to_revision.is_(None))
         .exists()
     )
-    query = select(pending).where(mine, live).order_by(pending.c.seq)
-    return [Waiting(r.owner, r.cube_id, r.task, r.attempts) for r in connection.execute(query)]
+    query = select(pending).where(mine, live)
+    parts = [query] if among is None else [query.where(pending.c.cube_id.in_(ids)) for ids in chunks(among)]
+    found = [row for part in parts for row in connection.execute(part)]
+    return [Waiting(r.owner, r.cube_id, r.task, r.attempts) for r in sorted(found, key=lambda r: r.seq)]
 
 
 def finish(connection: Connection, owner: str, tasks: Sequence[Waiting]) -> None:

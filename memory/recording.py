@@ -33,8 +33,7 @@ class Recorder:
     def confirm(self, owner: str, cube_id: str) -> FlushReport:
         """See `MemoryWriter.confirm`."""
         with self._store.reading() as connection:
-            live = rows.live_among(connection, owner, [cube_id])
-            found = rows.lookup(connection, owner, sorted(live)).get(cube_id)
+            found = rows.live(connection, owner, [cube_id]).get(cube_id)
         if found is None:
             raise NotFoundError(
                 f"No live cube {cube_id!r:.60} belongs to {owner!r}.", hint="Nothing was changed."
@@ -56,13 +55,7 @@ class Recorder:
         change = settled(self._store, self._embedder, self._config.duplicates, owner, held)
         added: tuple[str, ...] = ()
         if change.add or change.retire:
-            kind = self._store.kind_of(owner) or "user"
             added = self._store.commit(
-                owner, kind=kind, add=change.add, retire=change.retire, message="record", parent=head
+                owner, kind=None, add=change.add, retire=change.retire, message="record", parent=head
             ).added
-        return FlushReport(
-            added=added,
-            retired=tuple(change.retire),
-            repeated=tuple(change.repeated),
-            unconfirmed=change.unconfirmed,
-        )
+        return FlushReport.of(change, added)

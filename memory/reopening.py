@@ -15,6 +15,7 @@ from sqlalchemy import Connection, func, select
 
 from persona_sdk.memory import rows
 from persona_sdk.memory.cube import CubeDraft, MemCube, TextEncoder
+from persona_sdk.memory.embedding import embedded
 from persona_sdk.memory.reports import FlushReport
 from persona_sdk.memory.schema import cubes, from_column, tombstones
 from persona_sdk.memory.slots import Held
@@ -48,19 +49,10 @@ class Reopener:
         added: tuple[str, ...] = ()
         retire = [name for held in found for name in held.header.parents]
         if found:
-            vectors = self._embedder.encode([held.text for held in found])
-            encoder = self._embedder.fingerprint
-            drafts = [
-                CubeDraft(text=held.text, header=held.header, vector=vector, encoder=encoder)
-                for held, vector in zip(found, vectors, strict=True)
-            ]
+            drafts = [CubeDraft(text=held.text, header=held.header) for held in found]
+            drafts = embedded(drafts, self._embedder)
             added = self._store.commit(
-                owner,
-                kind=self._store.kind_of(owner) or "user",
-                add=drafts,
-                retire=retire,
-                message="reopen",
-                parent=head,
+                owner, kind=None, add=drafts, retire=retire, message="reopen", parent=head
             ).added
         with self._lock:
             self._looked[owner] = erased

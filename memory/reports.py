@@ -7,6 +7,7 @@ from pydantic import Field
 from persona_sdk.config import FrozenConfig
 from persona_sdk.memory.cube import MemCube
 from persona_sdk.memory.duplicates import DuplicateConfig
+from persona_sdk.memory.enrichment import Change
 from persona_sdk.memory.salience import SalienceConfig
 from persona_sdk.memory.screening import Screen
 
@@ -61,6 +62,17 @@ class FlushReport:
     def ok(self) -> bool:
         """Whether every task was done."""
         return not self.failures
+
+    @classmethod
+    def of(cls, change: Change, added: tuple[str, ...], *, turns: int = 0) -> "FlushReport":
+        """What came of a change; `added` are the ids that its drafts were given."""
+        return cls(
+            turns=turns,
+            added=added,
+            retired=tuple(change.retire),
+            repeated=tuple(change.repeated),
+            unconfirmed=change.unconfirmed,
+        )
 
     def __add__(self, other: "FlushReport") -> "FlushReport":
         """Both together."""

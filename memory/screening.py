@@ -35,6 +35,12 @@ DENIED = (
 )
 
 
+def plain(text: str) -> str:
+    """A text as patterns see it: compatible characters are one, and none are hidden."""
+    seen = unicodedata.normalize("NFKC", text)
+    return "".join(c for c in seen if unicodedata.category(c) != "Cf")  # zero-width characters hide words
+
+
 class Screen(FrozenConfig):
     """The deny-list: regular expressions, matched without regard to case."""
 
@@ -56,8 +62,7 @@ class Screen(FrozenConfig):
 
     def suspicious(self, text: str) -> bool:
         """Whether a text looks like an instruction to the model."""
-        seen = unicodedata.normalize("NFKC", text)
-        seen = "".join(c for c in seen if unicodedata.category(c) != "Cf")  # zero-width characters hide words
+        seen = plain(text)
         if any(pattern.search(seen) for pattern in self._regex):
             return True
         return bool(self.hook and self.hook(text))

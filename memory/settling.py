@@ -1,7 +1,6 @@
 """Settling new statements against what the store holds: the reading half of a commit. Nothing is written."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from persona_sdk.memory import slots
 from persona_sdk.memory.cube import TextEncoder
 from persona_sdk.memory.duplicates import DuplicateConfig
+from persona_sdk.memory.embedding import embedded
 from persona_sdk.memory.enrichment import Change, Ledger
 from persona_sdk.memory.slots import Held
 from persona_sdk.memory.store import MemoryStore
@@ -24,9 +24,8 @@ def settled(
     """What statements do to those that are stored: to the rivals of their slots, and to what is near them."""
     if not held:
         return Change()
-    encoder = embedder.fingerprint
     fresh = embedder.encode([one.text for one in held])
-    ids, matrix = store.vectors(owner, encoder)
+    ids, matrix = store.vectors(owner, embedder.fingerprint)
     near: list[str] = []
     if ids:
         close = (matrix @ fresh.T).amax(dim=1) >= min(config.link, 0.999)
@@ -44,7 +43,5 @@ def settled(
     for one in held:
         ledger.take(one)
     change = ledger.change()
-    missing = [t for t in dict.fromkeys(draft.text or "" for draft in change.add) if t not in vectors]
-    vectors |= dict(zip(missing, embedder.encode(missing), strict=True)) if missing else {}
-    change.add = [replace(d, vector=vectors[d.text or ""], encoder=encoder) for d in change.add]
+    change.add = embedded(change.add, embedder, vectors)
     return change

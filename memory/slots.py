@@ -16,7 +16,7 @@ What is frozen or more trusted than the newcomer is never changed: then the newc
 without slot and tagged "unconfirmed".
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
@@ -76,15 +76,6 @@ class Settled:
     outcome: Outcome
     line: list[Held]
     same: Held | None = None
-
-
-def view(statements: Iterable[MemCube], moment: datetime) -> dict[str, MemCube]:
-    """By slot, the statement that holds at a time in the world."""
-    return {
-        cube.header.slot: cube
-        for cube in sorted(statements, key=lambda cube: Held.of(cube).start)
-        if cube.header.slot and cube.header.valid(moment) and not cube.header.expired(moment)
-    }
 
 
 def stated(connection: Connection, owner: str, slots: Sequence[str]) -> list[MemCube]:

@@ -105,7 +105,7 @@ class MemoryStore(StoreReader):
         self,
         owner: str,
         *,
-        kind: str = "user",
+        kind: str | None = "user",
         add: Sequence[CubeDraft] = (),
         retire: Sequence[str] = (),
         groups: Sequence[str] | None = None,
@@ -117,7 +117,7 @@ class MemoryStore(StoreReader):
 
         Args:
             owner: whose history it is.
-            kind: ``"user"`` or ``"group"``.
+            kind: ``"user"`` or ``"group"``; None is the persona's own, which must exist.
             add: cubes to add; their ids are the revision's ``added``, in this order.
             retire: ids of live cubes that end here. They stay in history until they are forgotten.
             groups: the persona's groups from now on, in order; None leaves them.
@@ -129,7 +129,8 @@ class MemoryStore(StoreReader):
         Raises:
             InvalidInputError: a value cannot be stored, or the kind does not match.
             FrozenError: a cube to retire is frozen.
-            NotFoundError: a cube to retire is not live, or a source is gone.
+            NotFoundError: a cube to retire is not live, a source is gone, or there is no persona whose kind
+                None would be.
             RevisionConflictError: somebody else committed after `parent`.
             StoreFullError: there is no room.
         """

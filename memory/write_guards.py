@@ -24,7 +24,7 @@ from typing import Protocol, runtime_checkable
 from persona_sdk.errors import InvalidInputError, RateLimitError
 from persona_sdk.memory.cube import TRUST_ORDER, CubeDraft, MemCube, Trust
 from persona_sdk.memory.governance import Principal
-from persona_sdk.memory.screening import QUARANTINED
+from persona_sdk.memory.screening import QUARANTINED, plain
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ class RateLimit:
 
 
 class DenyList:
-    """Refuses drafts in whose words a pattern is found; case and compatible characters do not matter."""
+    """Refuses drafts in whose words a pattern is found, with or without the hidden characters among them.
+
+    Case and compatible characters do not matter.
+    """
 
     def __init__(self, patterns: Iterable[str]) -> None:
         try:
@@ -107,8 +110,9 @@ class DenyList:
 
     def matches(self, draft: CubeDraft) -> bool:
         """Whether one of the patterns is found."""
-        words = unicodedata.normalize("NFKC", _words(draft))
-        return any(pattern.search(words) for pattern in self._patterns)
+        words = _words(draft)
+        seen = {plain(words), unicodedata.normalize("NFKC", words)}  # a pattern may be about what is hidden
+        return any(pattern.search(text) for pattern in self._patterns for text in seen)
 
     def __call__(self, write: Write) -> CubeDraft:
         """Refuse what matches.

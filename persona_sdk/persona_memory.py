@@ -12,7 +12,6 @@ acts, in the persona's name. Reads change nothing; every write is one commit or 
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from persona_sdk.memory import (
 from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.bound import BoundStore
 from persona_sdk.memory.cube import PersonaKind, State
+from persona_sdk.memory.embedding import embedded
 from persona_sdk.memory.events import Event, Head, acting_as
 from persona_sdk.memory.governance import Granted, Principal, PrincipalKind
 from persona_sdk.memory.reports import FlushReport, Observed
@@ -113,11 +113,7 @@ class PersonaMemory:
         )
         drafts = [CubeDraft(text=text, header=header) for text in texts]
         if searchable:
-            encoder, vectors = self._model.embedder.fingerprint, self._model.embedder.encode(list(texts))
-            drafts = [
-                replace(draft, vector=vector, encoder=encoder)
-                for draft, vector in zip(drafts, vectors, strict=True)
-            ]
+            drafts = embedded(drafts, self._model.embedder)
         noun = semantic_type if len(drafts) == 1 else f"{len(drafts)} x {semantic_type}"
         revision = self.store.commit(self.owner, message=f"remember {noun}", add=drafts)
         found = self.store.lookup(self.owner, revision.added)

@@ -8,17 +8,37 @@ import math
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from benchmarks import memory_recall, recall_data, recall_metrics
 from benchmarks.harness import BenchmarkError, Cells
 from benchmarks.memory import Part, Run
 from benchmarks.recall_data import Needles, Pool, Question
+from benchmarks.recall_search import minmax, reciprocal_ranks
 from persona_sdk.memory import RetrievalOptions
 from persona_sdk.testing import HashEmbedder
+
+
+@given(arrays(np.float32, st.integers(0, 6), elements=st.floats(-1, 1, width=32)))
+def test_minmax_spans_zero_to_one(values: np.ndarray) -> None:
+    stretched = minmax(values)
+    assert len(stretched) == len(values)
+    if len(values) and values.max() > values.min():
+        assert (stretched.min(), stretched.max()) == (0.0, 1.0)
+    else:
+        assert not stretched.any()
+
+
+def test_reciprocal_ranks_add_up() -> None:
+    fused = reciprocal_ranks([["a", "b"], ["b", "c"], ["b", "b"]], k=60)
+    assert list(fused) == ["b", "a", "c"]
+    assert fused["b"] == pytest.approx(1 / 62 + 1 / 61 + 1 / 61)
+    assert reciprocal_ranks([]) == {}
 
 
 @given(st.permutations(list(range(12))), st.sets(st.integers(0, 11), min_size=1))

@@ -92,6 +92,16 @@ def test_users_and_groups_never_mix(store: MemoryStore) -> None:
     assert (store.kind_of("alice"), store.kind_of("nobody")) == ("user", None)
 
 
+def test_without_a_kind_the_persona_stays_what_it_is(store: MemoryStore) -> None:
+    with pytest.raises(NotFoundError):
+        store.commit("doctors", kind=None, add=[CubeDraft.of("good")])
+    assert store.personas() == []
+    for owner, kind in (("doctors", "group"), ("alice", "user")):
+        store.commit(owner, kind=kind)
+        assert store.commit(owner, kind=None, add=[CubeDraft.of("good")]).number == 2
+        assert store.kind_of(owner) == kind
+
+
 def test_a_source_must_exist_with_the_content_it_had(store: MemoryStore) -> None:
     (cube_id,) = store.commit("alice", add=[CubeDraft.of("the source")]).added
     cube = store.get("alice", cube_id)

@@ -1,12 +1,11 @@
 """Fusion: the equation, its invariances, and when words are heard."""
 
 import numpy as np
-import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from persona_sdk.memory.fusion import fuse, gated, minmax, neighbours, reciprocal_ranks
+from persona_sdk.memory.fusion import fuse, gated, neighbours
 
 ALONE = np.full(5, -1)
 finite = st.floats(-1, 1, width=32)
@@ -79,20 +78,3 @@ def test_a_missing_neighbour_counts_as_average() -> None:
     np.testing.assert_allclose(neighbours(f, *chain(3), 2.0), [1.0, -1.0, 1.0])
     alone = np.full(3, -1)
     assert not neighbours(f, alone, alone, 2.0).any()
-
-
-@given(arrays(np.float32, st.integers(0, 6), elements=finite))
-def test_minmax_spans_zero_to_one(values: np.ndarray) -> None:
-    stretched = minmax(values)
-    assert len(stretched) == len(values)
-    if len(values) and values.max() > values.min():
-        assert (stretched.min(), stretched.max()) == (0.0, 1.0)
-    else:
-        assert not stretched.any()
-
-
-def test_reciprocal_ranks_add_up() -> None:
-    fused = reciprocal_ranks([["a", "b"], ["b", "c"], ["b", "b"]], k=60)
-    assert list(fused) == ["b", "a", "c"]
-    assert fused["b"] == pytest.approx(1 / 62 + 1 / 61 + 1 / 61)
-    assert reciprocal_ranks([]) == {}

@@ -3,9 +3,9 @@
 from datetime import UTC, datetime
 
 from persona_sdk.memory import MemoryStore
-from persona_sdk.memory.slots import view
 from persona_sdk.memory.writer import MemoryWriter
 from persona_sdk.testing import HashEmbedder
+from tests.memory.slot_view import view
 
 NOW = datetime(2100, 1, 1, tzinfo=UTC)
 

@@ -10,9 +10,10 @@ from sqlalchemy import insert
 
 from persona_sdk.memory import CubeHeader, MemCube, MemoryStore
 from persona_sdk.memory.schema import states, to_column
-from persona_sdk.memory.slots import UNCONFIRMED, Held, settle, view
+from persona_sdk.memory.slots import UNCONFIRMED, Held, settle
 from persona_sdk.memory.writer import MemoryWriter
 from persona_sdk.testing import HashEmbedder
+from tests.memory.slot_view import view
 
 DAY0 = datetime(2024, 1, 1, tzinfo=UTC)
 

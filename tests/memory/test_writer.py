@@ -9,22 +9,23 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from jaxtyping import Float
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError, NotFoundError, StoreError
-from persona_sdk.memory import CubeDraft, MemCube, MemoryStore, Retriever, VectorIndex, rows
+from persona_sdk.memory import CubeDraft, MemCube, MemoryStore, Retriever, Revision, VectorIndex, rows
 from persona_sdk.memory.extraction import Extraction, RuleExtractor
 from persona_sdk.memory.flush_errors import FlushErrors
 from persona_sdk.memory.pending import Waiting
 from persona_sdk.memory.reports import Failure
-from persona_sdk.memory.slots import UNCONFIRMED, view
+from persona_sdk.memory.slots import UNCONFIRMED
 from persona_sdk.memory.statement import Statement, Turn
 from persona_sdk.memory.writer import MemoryWriter, WriterConfig
 from persona_sdk.testing import HashEmbedder
+from tests.memory.slot_view import view
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, "-m", "tests.memory.enrichment_process"]
@@ -147,6 +148,31 @@ def test_an_embedder_that_fails_loses_no_turn(
     assert writer.flush("alice").ok
     assert recall("live in Graz")[0] == "I live in Graz."
     assert statements(store) == ["The user lives in Graz."]
+
+
+def test_what_is_encoded_once_is_not_encoded_again_when_others_commit_meanwhile(
+    store: MemoryStore, monkeypatch: Any
+) -> None:
+    class Counting(HashEmbedder):
+        seen: ClassVar[list[str]] = []
+
+        def encode(self, texts: list[str]) -> Float[Tensor, "n d"]:
+            self.seen.extend(texts)
+            return super().encode(texts)
+
+    commit, rivals = store.commit, iter(("one", "two"))
+
+    def overtaken(owner: str, **given: Any) -> Revision:
+        if (rival := next(rivals, None)) is not None:
+            commit(owner, add=[CubeDraft.of(rival)])
+        return commit(owner, **given)
+
+    monkeypatch.setattr(store, "commit", overtaken)
+    said = [{"role": "user", "content": text} for text in ("Hello", "I like tea.", "Hello")]
+    MemoryWriter(store, Counting()).observe("alice", said)
+    assert Counting.seen == ["Hello", "I like tea."]
+    assert store.head("alice") == 3
+    assert len(store.vector_ids("alice", Counting().fingerprint)) == 3
 
 
 # Flushing -------------------------------------------------------------------------------------------------
