@@ -19,7 +19,7 @@ Who knows an id can find its events with `alias`. What `persona_sdk.memory.audit
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -101,7 +101,8 @@ def append(
     details: Mapping[str, Any] | None = None,
     *,
     actor: str | None = None,
-) -> Event:
+    past: Sequence[revisions.Revision] = (),
+) -> None:
     """Append an event to the chain of `owner`, in the transaction of what it tells.
 
     Args:
@@ -110,6 +111,7 @@ def append(
         kind: what was done, a word.
         details: what can be checked later, as `persona_sdk.memory.audit` does; ids, counts, states, hashes.
         actor: who did it; None takes the one of `acting_as`.
+        past: the revisions up to the newest, as far back as the caller has read them.
 
     Raises:
         ValueError: details hold something else, such as text; a mistake of the calling code.
@@ -117,7 +119,7 @@ def append(
     last = connection.execute(
         select(events).where(events.c.owner == owner).order_by(events.c.number.desc()).limit(1)
     ).first()
-    told = {**(details or {}), **_standing(connection, owner, _revision(last))}
+    told = {**(details or {}), **_standing(connection, owner, _revision(last), past)}
     _require_no_text(list(told.values()))
     who = _actor.get() if actor is None else actor
     values: dict[str, Any] = {
@@ -130,7 +132,6 @@ def append(
     }
     values["hash"] = link(owner=owner, **values)
     connection.execute(insert(events).values(owner=owner, **values))
-    return _to_event(owner, values)
 
 
 def _revision(row: Any) -> int:
@@ -141,14 +142,18 @@ def _revision(row: Any) -> int:
         return 0
 
 
-def _standing(connection: Connection, owner: str, told: int) -> dict[str, Any]:
+def _standing(
+    connection: Connection, owner: str, told: int, past: Sequence[revisions.Revision]
+) -> dict[str, Any]:
     """What every event says of the tables: they must still agree with the newest one."""
     if owner == STORE:
         return {"erasures": connection.execute(select(func.count()).select_from(erasures)).scalar_one()}
     head = revisions.head(connection, owner)
     if head == told:
         return {"revision": head}
-    return {"revision": head, "digest": history_digest(revisions.history(connection, owner, since=told))}
+    if not past or past[0].parent != told:
+        past = revisions.history(connection, owner, since=told)
+    return {"revision": head, "digest": history_digest(past)}
 
 
 def membership(groups: Iterable[str] | None) -> dict[str, list[str]]:
@@ -156,7 +161,7 @@ def membership(groups: Iterable[str] | None) -> dict[str, list[str]]:
     return {} if groups is None else {"groups": [alias(f"group:{group}") for group in dict.fromkeys(groups)]}
 
 
-def history_digest(past: list[revisions.Revision]) -> str:
+def history_digest(past: Sequence[revisions.Revision]) -> str:
     """Digest of what revisions added, retired and restored; forgetting a cube later does not change it."""
     return hashed(canonical([[r.number, r.restores, sorted(r.added), sorted(r.retired)] for r in past]))
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Connection, Table, bindparam, insert, or_, select, update
 
@@ -224,13 +225,13 @@ def restore(connection: Connection, owner: str, revision: int) -> int:
 
 def history(connection: Connection, owner: str, *, since: int = 0) -> list[Revision]:
     """The revisions after number `since`, oldest first."""
+    query = select(revisions).where(revisions.c.owner == owner, revisions.c.number > since)
+    found = connection.execute(query.order_by(revisions.c.number)).all()
+    rolled_back = any(row.restores is not None for row in found)
+    kept = _spans(connection, memberships, owner, since)
+    buried = _spans(connection, tombstones, owner, 0 if rolled_back else since)  # `gone` asks about all
     added: dict[int, list[str]] = defaultdict(list)
     retired: dict[int, list[str]] = defaultdict(list)
-    buried = connection.execute(select(tombstones).where(tombstones.c.owner == owner).order_by("seq")).all()
-    recent = or_(memberships.c.from_revision > since, memberships.c.to_revision > since)
-    kept = connection.execute(
-        select(memberships).where(memberships.c.owner == owner, recent).order_by("seq")
-    ).all()
     for row in (*kept, *buried):
         added[row.from_revision].append(row.cube_id)
         retired[row.to_revision].append(row.cube_id)
@@ -243,7 +244,6 @@ def history(connection: Connection, owner: str, *, since: int = 0) -> list[Revis
         return tuple(cube_id for cube_id in then if cube_id not in still)
 
     cipher = ciphers.reading(connection, owner)
-    query = select(revisions).where(revisions.c.owner == owner, revisions.c.number > since)
     return [
         Revision(
             owner=owner,
@@ -256,5 +256,11 @@ def history(connection: Connection, owner: str, *, since: int = 0) -> list[Revis
             restores=row.restores,
             gone=gone(row.number, row.restores),
         )
-        for row in connection.execute(query.order_by(revisions.c.number))
+        for row in found
     ]
+
+
+def _spans(connection: Connection, table: Table, owner: str, since: int) -> Sequence[Any]:
+    """The owner's rows of an interval table that begin or end after revision `since`."""
+    recent = or_(table.c.from_revision > since, table.c.to_revision > since)
+    return connection.execute(select(table).where(table.c.owner == owner, recent).order_by("seq")).all()

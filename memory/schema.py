@@ -94,6 +94,8 @@ cubes = Table(
     CheckConstraint("kind in ('plaintext', 'activation', 'parametric')", name="cube_kind"),
     Index("cubes_by_id", "id"),
     Index("cubes_by_blob", "blob"),
+    Index("cubes_by_slot", "owner", "slot"),
+    Index("cubes_by_expiry", "expires_at"),
 )
 
 memberships = Table(
@@ -105,7 +107,11 @@ memberships = Table(
     Column("from_revision", Integer, nullable=False),
     Column("to_revision", Integer),
     _of_cube(),
-    Index("memberships_of_owner", "owner", "cube_id"),
+    # The first two columns alone would do, but SQLite, which has no statistics, would then take one of the
+    # others to look up one cube: it prefers more conditions to better ones.
+    Index("memberships_of_owner", "owner", "cube_id", "from_revision"),
+    Index("memberships_by_start", "owner", "from_revision"),
+    Index("memberships_by_end", "owner", "to_revision", "cube_id"),
 )
 
 group_memberships = Table(

@@ -148,10 +148,10 @@ class MemoryStore(StoreReader):
             ids = commits.add_cubes(self, connection, owner, drafts, blobs, number, new)
             if groups is not None:
                 revisions.set_groups(connection, owner, groups, number)
-            events.append(connection, owner, "commit", events.membership(groups))
+            revision = commits.recorded(connection, owner, number, "commit", events.membership(groups))
             if also is not None:
                 also(connection, ids)
-            return revisions.history(connection, owner, since=number - 1)[0]
+            return revision
 
     def rollback(self, owner: str, to: int | str) -> Revision:
         """Append a revision with the cubes and groups of an older one; ``gone`` tells what was forgotten.

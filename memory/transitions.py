@@ -41,7 +41,7 @@ def archive(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "
         for cube_id in wanted:
             lifecycle.move(connection, owner, cube_id, "archived", reason=reason)
         revisions.close_cubes(connection, owner, [i for i in wanted if i in live], number)
-        return _recorded(connection, owner, number, "archive", dict.fromkeys(wanted, "archived"))
+        return commits.recorded(connection, owner, number, "archive", {"states": dict.fromkeys(wanted, "archived")})
 
 
 def activate(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "") -> Revision:
@@ -58,7 +58,7 @@ def activate(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = 
         live = set(revisions.live_ids(connection, owner, number))
         moved = lifecycle.move_all(connection, owner, wanted, "activated", reason=reason)
         revisions.open_cubes(connection, owner, [i for i in wanted if i not in live], number)
-        return _recorded(connection, owner, number, "activate", moved)
+        return commits.recorded(connection, owner, number, "activate", {"states": moved})
 
 
 def merge(
@@ -94,7 +94,7 @@ def merge(
         )
         made = [replace(draft, header=header)]
         commits.add_cubes(store, connection, owner, made, [blob], number, new)
-        return _recorded(connection, owner, number, "merge", dict.fromkeys(wanted, "merged"))
+        return commits.recorded(connection, owner, number, "merge", {"states": dict.fromkeys(wanted, "merged")})
 
 
 def restore(connection: Connection, owner: str, revision: int) -> Revision:
@@ -115,7 +115,7 @@ def restore(connection: Connection, owner: str, revision: int) -> Revision:
         if now.state in lifecycle.DORMANT
     ]
     moved = lifecycle.move_all(connection, owner, asleep, "activated", reason="rollback")
-    return _recorded(connection, owner, number, "rollback", moved)
+    return commits.recorded(connection, owner, number, "rollback", {"states": moved})
 
 
 def freeze(
@@ -170,10 +170,3 @@ def _some(ids: Sequence[str]) -> list[str]:
     if isinstance(ids, str) or not ids:
         raise InvalidInputError("No list of cubes was given.", hint="Expected at least one id, in a list.")
     return list(dict.fromkeys(ids))
-
-
-def _recorded(
-    connection: Connection, owner: str, number: int, kind: str, moved: dict[str, State]
-) -> Revision:
-    events.append(connection, owner, kind, {"states": moved})
-    return revisions.history(connection, owner, since=number - 1)[0]
