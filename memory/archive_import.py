@@ -176,8 +176,7 @@ def _write_lives(
 def _taken(connection: Connection, contents: Contents) -> set[str]:
     """Ids of the archive that this store has seen, whoever's they are."""
     wanted, taken = list({span.name for span in contents.spans}), set()
-    for start in range(0, len(wanted), rows.CHUNK):
-        part = wanted[start : start + rows.CHUNK]
+    for part in rows.chunks(wanted):
         for column in (cubes.c.id, tombstones.c.cube_id):
             taken |= set(connection.execute(select(column).where(column.in_(part))).scalars())
     return taken

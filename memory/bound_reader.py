@@ -11,7 +11,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from persona_sdk.errors import NotFoundError
-from persona_sdk.memory import governance, revisions, rows, uses
+from persona_sdk.memory import governance, rows, uses
 from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.cube import MemCube, PersonaKind
 from persona_sdk.memory.events import Event, Head
@@ -64,7 +64,7 @@ class BoundReader:
         with self._store.reading() as connection:
             rights = governance.standing(connection, self.principal, owner)
             found = rows.lookup(connection, owner, ids)
-            live = set(revisions.live_ids(connection, owner, revisions.head(connection, owner)))
+            live = rows.live_among(connection, owner, ids)
         for cube_id in ids:
             cube = found.get(cube_id)
             if cube is None or not rights.may(right, cube, live=cube_id in live):

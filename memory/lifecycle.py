@@ -15,7 +15,7 @@ Search sees the live set of a revision, not states. The verbs that change both i
 the event, are in `transitions`; the functions here work inside the caller's transaction and write no event.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
@@ -23,7 +23,7 @@ from sqlalchemy import Connection, insert, select, update
 from persona_sdk.errors import FrozenError, LifecycleError, NotFoundError
 from persona_sdk.memory import revisions
 from persona_sdk.memory.cube import State, clean_text, utc_now
-from persona_sdk.memory.rows import CHUNK, FIRST
+from persona_sdk.memory.rows import FIRST, chunks
 from persona_sdk.memory.schema import cubes, states, to_column
 
 MOVES: Mapping[State, frozenset[State]] = {
@@ -163,8 +163,3 @@ def _frozen(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str,
 def _listed(ids: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(f"{cube_id:.60}" for cube_id in ids[:most])
     return shown if len(ids) <= most else f"{shown} and {len(ids) - most} more"
-
-
-def chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Ids in parts that fit into one statement."""
-    return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Select, bindparam, or_, select
 from persona_sdk.errors import NotFoundError
 from persona_sdk.memory import cipher as ciphers
 from persona_sdk.memory.cipher import CLEAR
-from persona_sdk.memory.rows import CHUNK
+from persona_sdk.memory.rows import chunks
 from persona_sdk.memory.schema import cubes, memberships, personas, vectors
 from persona_sdk.memory.slices import Slice
 from persona_sdk.memory.store import MemoryStore
@@ -173,8 +173,9 @@ def _follow(connection: Connection, key: Key, stamp: str, head: int, last: Slice
     new = [name for name in now if name not in known]
     if [last.ids[row] for row in stay] + new != now:  # a rollback brought back something older
         return _read(connection, key, stamp, head)
-    parts = [new[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
-    found = [row for part in parts for row in connection.execute(_SOME[history], {**scope, "ids": part})]
+    found = [
+        row for part in chunks(new) for row in connection.execute(_SOME[history], {**scope, "ids": part})
+    ]
     if [row.id for row in found] != new:
         return _read(connection, key, stamp, head)
     opened = _opened(connection, owner, encoder, found)

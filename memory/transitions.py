@@ -37,11 +37,13 @@ def archive(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "
     with store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         number = revisions.advance(connection, owner, message="archive")
-        live = set(revisions.live_ids(connection, owner, number))
+        live = rows.live_among(connection, owner, wanted)
         for cube_id in wanted:
             lifecycle.move(connection, owner, cube_id, "archived", reason=reason)
         revisions.close_cubes(connection, owner, [i for i in wanted if i in live], number)
-        return commits.recorded(connection, owner, number, "archive", {"states": dict.fromkeys(wanted, "archived")})
+        return commits.recorded(
+            connection, owner, number, "archive", {"states": dict.fromkeys(wanted, "archived")}
+        )
 
 
 def activate(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "") -> Revision:
@@ -55,7 +57,7 @@ def activate(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = 
     with store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         number = revisions.advance(connection, owner, message="activate")
-        live = set(revisions.live_ids(connection, owner, number))
+        live = rows.live_among(connection, owner, wanted)
         moved = lifecycle.move_all(connection, owner, wanted, "activated", reason=reason)
         revisions.open_cubes(connection, owner, [i for i in wanted if i not in live], number)
         return commits.recorded(connection, owner, number, "activate", {"states": moved})
@@ -94,7 +96,9 @@ def merge(
         )
         made = [replace(draft, header=header)]
         commits.add_cubes(store, connection, owner, made, [blob], number, new)
-        return commits.recorded(connection, owner, number, "merge", {"states": dict.fromkeys(wanted, "merged")})
+        return commits.recorded(
+            connection, owner, number, "merge", {"states": dict.fromkeys(wanted, "merged")}
+        )
 
 
 def restore(connection: Connection, owner: str, revision: int) -> Revision:
