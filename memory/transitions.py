@@ -38,12 +38,9 @@ def archive(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "
         lifecycle.require_unfrozen(connection, owner, wanted)
         number = revisions.advance(connection, owner, message="archive")
         live = rows.live_among(connection, owner, wanted)
-        for cube_id in wanted:
-            lifecycle.move(connection, owner, cube_id, "archived", reason=reason)
+        moved = lifecycle.move_each(connection, owner, wanted, "archived", reason=reason)
         revisions.close_cubes(connection, owner, [i for i in wanted if i in live], number)
-        return commits.recorded(
-            connection, owner, number, "archive", {"states": dict.fromkeys(wanted, "archived")}
-        )
+        return commits.recorded(connection, owner, number, "archive", {"states": moved})
 
 
 def activate(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "") -> Revision:
@@ -80,8 +77,7 @@ def merge(
     with store.blobs_written([blob] if blob else []) as new, store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         parents = rows.lookup(connection, owner, wanted)
-        for cube_id in wanted:
-            lifecycle.move(connection, owner, cube_id, "merged", reason=reason)
+        moved = lifecycle.move_each(connection, owner, wanted, "merged", reason=reason)
         number = revisions.advance(connection, owner, message="merge")
         revisions.close_cubes(connection, owner, wanted, number)
         headers = [draft.header, *(cube.header for cube in parents.values())]
@@ -96,9 +92,7 @@ def merge(
         )
         made = [replace(draft, header=header)]
         commits.add_cubes(store, connection, owner, made, [blob], number, new)
-        return commits.recorded(
-            connection, owner, number, "merge", {"states": dict.fromkeys(wanted, "merged")}
-        )
+        return commits.recorded(connection, owner, number, "merge", {"states": moved})
 
 
 def restore(connection: Connection, owner: str, revision: int) -> Revision:
@@ -112,13 +106,7 @@ def restore(connection: Connection, owner: str, revision: int) -> Revision:
     number = revisions.restore(connection, owner, revision)
     after = set(revisions.live_ids(connection, owner, number))
     lifecycle.require_unfrozen(connection, owner, sorted(before ^ after))
-    opened = sorted(after - before)
-    asleep = [
-        cube_id
-        for cube_id, now in lifecycle.standings(connection, owner, opened).items()
-        if now.state in lifecycle.DORMANT
-    ]
-    moved = lifecycle.move_all(connection, owner, asleep, "activated", reason="rollback")
+    moved = lifecycle.wake(connection, owner, sorted(after - before), reason="rollback")
     return commits.recorded(connection, owner, number, "rollback", {"states": moved})
 
 
