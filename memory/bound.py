@@ -104,11 +104,10 @@ class BoundStore(BoundReader):
         """Allow somebody else no more than new versions of what it may write and retires."""
         if not retire:
             raise no_persona(owner)
-        self._require_cubes(owner, retire, "write")
+        before = self._require_cubes(owner, retire, "write")
         versions = all(d.header.parents and set(d.header.parents) <= set(retire) for d in add)
         if not versions or not plain:
             raise no_persona(owner)
-        before = self._store.lookup(owner, retire)
         if not all(_is_alike(draft, [before[name] for name in draft.header.parents]) for draft in add):
             raise InvalidInputError(
                 "A new version of somebody else's memory is of its kind and type, and pinned only if it was.",
@@ -116,15 +115,18 @@ class BoundStore(BoundReader):
             )
 
     def _guarded(self, owner: str, draft: CubeDraft) -> CubeDraft:
+        named: dict[str, list[str]] = {}
+        for source in draft.header.sources:
+            named.setdefault(source.owner, []).append(source.cube_id)
+        found = {of: self.lookup(of, ids) for of, ids in named.items()}
         sources = []
         for source in draft.header.sources:
-            found = self.lookup(source.owner, [source.cube_id])
-            if source.cube_id not in found:
+            if source.cube_id not in found[source.owner]:
                 raise NotFoundError(
                     f"The source {source.cube_id!r:.60} is gone or has other content.",
                     hint="Derive from what is there now; nothing was committed.",
                 )
-            sources.append(found[source.cube_id])
+            sources.append(found[source.owner][source.cube_id])
         write = Write(self.principal, owner, draft, tuple(sources))
         for guard in (cap_trust, *self._write_guards, cap_trust):
             write = replace(write, draft=guard(write))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Table, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, Table, bindparam, func, insert, or_, select, update
 
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError, RevisionConflictError
@@ -54,11 +54,29 @@ class PersonaRecord:
 
 
 _HEAD = select(personas.c.head).where(personas.c.owner == bindparam("of"))
+_MARK = select(personas.c.head, personas.c.stamp).where(personas.c.owner == bindparam("of"))
 
 
 def head(connection: Connection, owner: str) -> int:
     """The newest revision of an owner, 0 when there is none."""
     return connection.execute(_HEAD, {"of": owner}).scalar() or 0
+
+
+def mark(connection: Connection, owner: str) -> tuple[int, str]:
+    """The newest revision and the stamp of an owner's rows; 0 and "" when there is none."""
+    row = connection.execute(_MARK, {"of": owner}).first()
+    return (row.head, row.stamp) if row else (0, "")
+
+
+def records(connection: Connection, owner: str | None = None) -> list[PersonaRecord]:
+    """All personas, or that one if it is there, in the order of their ids."""
+    live = select(func.count()).where(
+        memberships.c.owner == personas.c.owner, memberships.c.to_revision.is_(None)
+    )
+    query = select(personas, live.scalar_subquery().label("live"))
+    found = connection.execute(query if owner is None else query.where(personas.c.owner == owner))
+    known = [PersonaRecord(p.owner, p.kind, p.head, p.live, schema.from_column(p.created_at)) for p in found]
+    return sorted(known, key=lambda persona: persona.id)  # a database's order is that of its language
 
 
 def resolve(connection: Connection, owner: str, revision: int | None) -> int:
@@ -70,7 +88,7 @@ def resolve(connection: Connection, owner: str, revision: int | None) -> int:
     newest = head(connection, owner)
     if revision is None:
         return newest
-    if isinstance(revision, bool) or not 0 <= revision <= newest:
+    if isinstance(revision, bool) or not isinstance(revision, int) or not 0 <= revision <= newest:
         raise NotFoundError(
             f"No revision {revision} belongs to {owner!r}.", hint=f"Its newest revision is {newest}."
         )
