@@ -8,7 +8,7 @@ store has seen before, which get a new one.
 """
 
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,13 @@ def import_archive(
     keep_groups: bool = False,
     trusted_keys: Collection[bytes] = (),
     passphrase: str | None = None,
+    admit: Callable[[Contents], None] | None = None,
 ) -> str:
     """See `MemoryStore.import_archive`."""
     target = None if as_id is None else validate_id(as_id)
     with opened(path, passphrase) as contents:
+        if admit is not None:
+            admit(contents)
         owner, trusted = target or contents.manifest.owner, _trusted(store, contents, trusted_keys)
         if not keep_groups:
             contents.group_spans.clear()

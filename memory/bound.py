@@ -26,8 +26,9 @@ from pathlib import Path
 from torch import Tensor
 
 from persona_sdk.errors import FrozenError, InvalidInputError, NotFoundError
-from persona_sdk.memory import archive_reader, events, revisions, snapshots, transitions, uses
+from persona_sdk.memory import events, revisions, snapshots, transitions, uses
 from persona_sdk.memory.archive_format import ArchiveSummary
+from persona_sdk.memory.archive_reader import Contents
 from persona_sdk.memory.bound_reader import BoundReader, no_persona
 from persona_sdk.memory.cube import CubeDraft, MemCube, State
 from persona_sdk.memory.governance import Granted, Principal
@@ -246,18 +247,20 @@ class BoundStore(BoundReader):
         if self.principal.kind != "system":
             if as_id not in (None, self.principal.id) or not self._owns(self.principal.id):
                 raise no_persona(as_id or self.principal.id)
-            with archive_reader.opened(Path(path), passphrase) as contents:
-                kind, joined = contents.manifest.kind, {span.name for span in contents.group_spans}
-            if kind != self.principal.kind:
+            as_id = self.principal.id
+
+        def admit(contents: Contents) -> None:
+            kind = contents.manifest.kind
+            if self.principal.kind not in ("system", kind):
                 raise InvalidInputError(
                     f"The archive is of a {kind}.", hint=f"Expected a {self.principal.kind}."
                 )
-            if keep_groups:
-                self._refuse_joining(joined)
-            as_id = self.principal.id
+            if keep_groups and self.principal.kind != "system":
+                self._refuse_joining({span.name for span in contents.group_spans})
+
         with self._acting():
             return self._store.import_archive(
-                path, as_id=as_id, keep_groups=keep_groups, passphrase=passphrase
+                path, as_id=as_id, keep_groups=keep_groups, passphrase=passphrase, admit=admit
             )
 
 

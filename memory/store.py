@@ -33,6 +33,7 @@ from persona_sdk.memory import (
     transitions,
 )
 from persona_sdk.memory.archive_format import ArchiveSummary
+from persona_sdk.memory.archive_reader import Contents
 from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.cube import CubeDraft, State, check_vector, clean_text
 from persona_sdk.memory.database import Database, translated
@@ -299,6 +300,7 @@ class MemoryStore(StoreReader):
         keep_groups: bool = False,
         trusted_keys: Collection[bytes] = (),
         passphrase: str | None = None,
+        admit: Callable[[Contents], None] | None = None,
     ) -> str:
         """Take in a ``.memcube`` file as a new persona and return its id.
 
@@ -310,6 +312,8 @@ class MemoryStore(StoreReader):
             trusted_keys: Ed25519 public keys (`public_key`) of stores whose archives are believed as this
                 store's own are; what others sign is taken in with less trust.
             passphrase: that of the archive, if it has one.
+            admit: for modules of this package: looks at the archive that was opened, and raises what it has
+                against it.
 
         Raises:
             ArchiveError: it is damaged or unsafe, its signature or the passphrase is wrong, or the persona
@@ -322,6 +326,7 @@ class MemoryStore(StoreReader):
             keep_groups=keep_groups,
             trusted_keys=trusted_keys,
             passphrase=passphrase,
+            admit=admit,
         )
 
     def public_key(self) -> bytes | None:
