@@ -100,12 +100,12 @@ def forget_everything(store: StoreReader, owner: str) -> Receipt:
     return _finished(store, [_erase(store, owner, chosen, everything=True)])[0]
 
 
-def expire(store: StoreReader, chosen: Mapping[str, Callable[[Connection], list[str]]]) -> list[Receipt]:
+def expire(store: StoreReader, chosen: Mapping[str, Callable[[Connection], Iterable[str]]]) -> list[Receipt]:
     """For `persona_sdk.memory.expiry`: erase of each owner what is chosen in the owner's transaction."""
 
-    def erase(owner: str, choose: Callable[[Connection], list[str]]) -> _Erased:
+    def erase(owner: str, choose: Callable[[Connection], Iterable[str]]) -> _Erased:
         def all_versions(connection: Connection) -> list[str]:
-            return _with_parents(connection, owner, choose(connection))
+            return _with_parents(connection, owner, list(choose(connection)))
 
         return _erase(store, owner, all_versions, everything=False, expired=True)
 
