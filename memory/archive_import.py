@@ -20,7 +20,7 @@ from persona_sdk.memory import cipher as ciphers
 from persona_sdk.memory import events, revisions, rows, signing
 from persona_sdk.memory.archive_format import BY_ENCODER, ArchiveSummary
 from persona_sdk.memory.archive_reader import Contents, damaged, opened, refuse
-from persona_sdk.memory.cube import CubeDraft, CubeHeader
+from persona_sdk.memory.cube import CubeDraft, CubeHeader, hashed
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.schema import (
     cubes,
@@ -172,7 +172,7 @@ def _write_lives(
     for snapshot in contents.snapshots:
         values = snapshot.model_dump() | {"at": to_column(snapshot.at)}
         connection.execute(insert(snapshots).values(owner=owner, **values))
-        told["snapshots"][events.hashed(snapshot.name)] = snapshot.revision
+        told["snapshots"][hashed(snapshot.name)] = snapshot.revision
     return told
 
 

@@ -11,7 +11,6 @@ The transaction leaves a file ``erasing-*.pending``, which goes when all of that
 next `MemoryStore.open` finds it and does the rest.
 """
 
-import hashlib
 import json
 import uuid
 from collections import defaultdict
@@ -26,7 +25,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from persona_sdk import files
 from persona_sdk.errors import NotFoundError, StoreError
 from persona_sdk.memory import derived, events, governance, lifecycle, revisions, signing
-from persona_sdk.memory.cube import utc_now
+from persona_sdk.memory.cube import hashed, utc_now
 from persona_sdk.memory.derived import Derived
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
@@ -34,6 +33,7 @@ from persona_sdk.memory.rows import chunks, lookup, owned
 from persona_sdk.memory.schema import (
     BY_CUBE,
     BY_OWNER,
+    FORGOTTEN,
     ByteLength,
     cubes,
     erasures,
@@ -49,7 +49,6 @@ from persona_sdk.memory.schema import events as event_rows
 from persona_sdk.memory.schema import revisions as revision_rows
 from persona_sdk.tensors import Digest
 
-FORGOTTEN = "(forgotten)"
 PENDING = "erasing-*.pending"
 
 _CubeKey = tuple[str, str]  # owner, cube id
@@ -318,7 +317,7 @@ def _remove_persona(
         events.append(connection, member, "group_erased", actor=events.SYSTEM)
     tally.rows += connection.execute(delete(group_memberships).where(members)).rowcount
     counts = {"cubes": len(ids), "vectors": tally.vectors, "revisions": count}
-    hashed = hashlib.sha256(owner.encode()).hexdigest()
-    values = {"owner": hashed, "at": to_column(at), "counts": json.dumps(counts)}
+    persona = hashed(owner)
+    values = {"owner": persona, "at": to_column(at), "counts": json.dumps(counts)}
     connection.execute(insert(erasures).values(**values))
-    events.append(connection, events.STORE, "erase", {"persona": hashed, **counts})
+    events.append(connection, events.STORE, "erase", {"persona": persona, **counts})

@@ -16,7 +16,6 @@ People other than the owner stand in a chain by hash only, so that erasing them 
 Who knows an id can find its events with `alias`. What `persona_sdk.memory.audit` cannot see is said there.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,10 +28,10 @@ from typing import Any, get_args
 from sqlalchemy import Connection, func, insert, select
 
 from persona_sdk.memory import revisions
-from persona_sdk.memory.cube import State, utc_now
+from persona_sdk.memory.cube import State, canonical, hashed, utc_now
 from persona_sdk.memory.schema import erasures, events, from_column, to_column
 
-STORE = "*"  # owner of the store's own chain; no persona can have this id
+STORE = "*"  # owner of the store's own chain and key; no persona can have this id
 SYSTEM = "system"
 GENESIS = "0" * 64
 
@@ -73,11 +72,6 @@ def acting_as(actor: str) -> Iterator[None]:
         _actor.reset(token)
 
 
-def hashed(value: str) -> str:
-    """SHA-256 of a text, as hexadecimal digits."""
-    return hashlib.sha256(value.encode()).hexdigest()
-
-
 def alias(principal: str) -> str:
     """How somebody else, ``<kind>:<id>``, stands in a chain: with the id hashed."""
     kind, _, name = principal.partition(":")
@@ -87,11 +81,6 @@ def alias(principal: str) -> str:
 def link(number: int, owner: str, at: str, actor: str, kind: str, details: str, previous: str) -> str:
     """The hash of an event, of the columns of its row."""
     return hashed(canonical([number, owner, at, actor, kind, details, previous]))
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def append(

@@ -11,8 +11,8 @@ from functools import partial
 
 from sqlalchemy import Connection, select
 
-from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import erasure, lifecycle
+from persona_sdk.memory.cube import aware
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.schema import cubes, to_column
@@ -24,8 +24,7 @@ def expire(store: StoreReader, owner: str | None = None, *, now: datetime) -> li
     Raises:
         InvalidInputError: `now` has no time zone.
     """
-    if now.tzinfo is None:
-        raise InvalidInputError("The time has no time zone.", hint="Give one, as datetime.now(UTC).")
+    aware(now)
     with store.reading() as connection:
         due = select(cubes.c.owner).where(cubes.c.expires_at <= to_column(now))
         if owner is not None:

@@ -1,7 +1,5 @@
 """The receipt of an erasure: what was erased, and a way to look again whether anything is left."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +11,7 @@ from sqlalchemy import Connection, select
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import signing
 from persona_sdk.memory.core import named_blobs
+from persona_sdk.memory.cube import canonical, hashed
 from persona_sdk.memory.database import BACKUP_GLOB
 from persona_sdk.memory.derived import Retrainable
 from persona_sdk.memory.reader import StoreReader
@@ -52,11 +51,11 @@ class Receipt:
     def canonical(self) -> str:
         """The fields but ``sha256`` and ``signature`` as JSON with sorted keys."""
         fields = {key: value for key, value in asdict(self).items() if key not in ("sha256", "signature")}
-        return json.dumps(fields | {"at": to_column(self.at)}, sort_keys=True, separators=(",", ":"))
+        return canonical(fields | {"at": to_column(self.at)})
 
     def sealed(self) -> "Receipt":
         """The receipt with its hash filled in."""
-        return replace(self, sha256=hashlib.sha256(self.canonical().encode()).hexdigest())
+        return replace(self, sha256=hashed(self.canonical()))
 
     def signed(self, folder: Path) -> "Receipt":
         """The receipt with its hash and the signature of the store in `folder` filled in."""

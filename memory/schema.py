@@ -47,6 +47,8 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
 
+FORGOTTEN = "(forgotten)"  # the message of a revision whose own may have told of a forgotten cube
+
 metadata = MetaData()
 
 

@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from persona_sdk.errors import FrozenError, InvalidInputError, LifecycleError, NotFoundError
 from persona_sdk.memory import commits, events, lifecycle, revisions, rows
 from persona_sdk.memory.core import StoreCore
-from persona_sdk.memory.cube import TRUST_ORDER, CubeDraft, Source, State, clean_text
+from persona_sdk.memory.cube import SENSITIVITY_ORDER, TRUST_ORDER, CubeDraft, Source, State, clean_text
 from persona_sdk.memory.revisions import Revision
 from persona_sdk.memory.vault import encode
 
@@ -87,7 +87,7 @@ def merge(
                 "parents": tuple(dict.fromkeys((*draft.header.parents, *wanted))),
                 "sources": tuple(dict.fromkeys(links)),
                 "trust": max((h.trust for h in headers), key=TRUST_ORDER.index),
-                "sensitivity": max((h.sensitivity for h in headers), key=_SENSITIVITY.index),
+                "sensitivity": max((h.sensitivity for h in headers), key=SENSITIVITY_ORDER.index),
             }
         )
         made = [replace(draft, header=header)]
@@ -153,9 +153,6 @@ def unfreeze(store: StoreCore, owner: str, cube_id: str, reason: str, *, may_rel
         lifecycle.move(connection, owner, cube_id, now.before, reason=reason)
         events.append(connection, owner, "unfreeze", {"states": {cube_id: now.before}})
         return now.before
-
-
-_SENSITIVITY = ("normal", "personal", "special")
 
 
 def _some(ids: Sequence[str]) -> list[str]:
