@@ -268,5 +268,4 @@ def _is_alike(draft: CubeDraft, before: Sequence[MemCube]) -> bool:
     same = all(
         (draft.kind, draft.header.semantic_type) == (cube.kind, cube.header.semantic_type) for cube in before
     )
-    pinned = draft.header.attributes.get("pinned")
-    return same and (not pinned or any(cube.header.attributes.get("pinned") for cube in before))
+    return same and (not draft.header.pinned or any(cube.header.pinned for cube in before))

@@ -173,6 +173,11 @@ class CubeHeader(FrozenConfig):
                 "The header of a cube is damaged.", hint="Restore the store from a copy."
             ) from None  # what pydantic says quotes it
 
+    @property
+    def pinned(self) -> bool:
+        """Whether its owner has it in every prompt: ``attributes["pinned"]`` is true, and nothing like it."""
+        return self.attributes.get("pinned") is True
+
     def expired(self, now: datetime) -> bool:
         """Whether the cube's time has passed."""
         return self.expires_at is not None and self.expires_at <= now
