@@ -8,7 +8,7 @@ store has seen before, which get a new one.
 """
 
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from persona_sdk.memory import cipher as ciphers
 from persona_sdk.memory import events, revisions, rows, signing
 from persona_sdk.memory.archive_format import BY_ENCODER, ArchiveSummary
 from persona_sdk.memory.archive_reader import Contents, damaged, opened, refuse
-from persona_sdk.memory.cube import CubeDraft, CubeHeader
+from persona_sdk.memory.cube import CubeDraft, CubeHeader, hashed
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.schema import (
     cubes,
@@ -72,10 +72,13 @@ def import_archive(
     keep_groups: bool = False,
     trusted_keys: Collection[bytes] = (),
     passphrase: str | None = None,
+    admit: Callable[[Contents], None] | None = None,
 ) -> str:
     """See `MemoryStore.import_archive`."""
     target = None if as_id is None else validate_id(as_id)
     with opened(path, passphrase) as contents:
+        if admit is not None:
+            admit(contents)
         owner, trusted = target or contents.manifest.owner, _trusted(store, contents, trusted_keys)
         if not keep_groups:
             contents.group_spans.clear()
@@ -169,15 +172,14 @@ def _write_lives(
     for snapshot in contents.snapshots:
         values = snapshot.model_dump() | {"at": to_column(snapshot.at)}
         connection.execute(insert(snapshots).values(owner=owner, **values))
-        told["snapshots"][events.hashed(snapshot.name)] = snapshot.revision
+        told["snapshots"][hashed(snapshot.name)] = snapshot.revision
     return told
 
 
 def _taken(connection: Connection, contents: Contents) -> set[str]:
     """Ids of the archive that this store has seen, whoever's they are."""
     wanted, taken = list({span.name for span in contents.spans}), set()
-    for start in range(0, len(wanted), rows.CHUNK):
-        part = wanted[start : start + rows.CHUNK]
+    for part in rows.chunks(wanted):
         for column in (cubes.c.id, tombstones.c.cube_id):
             taken |= set(connection.execute(select(column).where(column.in_(part))).scalars())
     return taken

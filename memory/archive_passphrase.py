@@ -11,12 +11,13 @@ import hashlib
 import os
 from pathlib import Path
 
-from persona_sdk.errors import ArchiveError, InvalidInputError
-from persona_sdk.memory.encryption import MAX_BLOB, NONCE_BYTES, TAG_BYTES, aead
+from persona_sdk.errors import ArchiveError, CorruptBlobError, InvalidInputError
+from persona_sdk.memory import encryption
 
 MARK = b"PSDKMEM2"
 _SALT_BYTES = 16
-_HEAD = len(MARK) + _SALT_BYTES + NONCE_BYTES
+_HEAD = len(MARK) + _SALT_BYTES
+_LEAST = _HEAD + encryption.NONCE_BYTES + encryption.TAG_BYTES
 
 
 def is_sealed(path: Path) -> bool:
@@ -32,14 +33,13 @@ def seal(data: bytes, passphrase: str) -> bytes:
         InvalidInputError: the passphrase is empty or the archive is 2 GiB or larger.
         StoreError: the extra ``[crypto]`` is not installed.
     """
-    if not passphrase or len(data) > MAX_BLOB:
+    if not passphrase or len(data) > encryption.MAX_BLOB:
         raise InvalidInputError(
             f"{len(data)} bytes cannot be put under this passphrase.",
             hint="Expected a passphrase that is not empty, and less than 2 GiB.",
         )
-    salt, nonce = os.urandom(_SALT_BYTES), os.urandom(NONCE_BYTES)
-    sealed: bytes = aead(_key(passphrase, salt)).encrypt(nonce, data, MARK)
-    return MARK + salt + nonce + sealed
+    salt = os.urandom(_SALT_BYTES)
+    return MARK + salt + encryption.seal(encryption.aead(_key(passphrase, salt)), data, MARK)
 
 
 def unseal(path: Path, passphrase: str | None) -> bytes:
@@ -51,20 +51,16 @@ def unseal(path: Path, passphrase: str | None) -> bytes:
     """
     if passphrase is None:
         raise ArchiveError("The archive is under a passphrase.", hint="Give it as passphrase=...")
-    if not _HEAD + TAG_BYTES <= path.stat().st_size <= _HEAD + TAG_BYTES + MAX_BLOB:
+    if not _LEAST <= path.stat().st_size <= _LEAST + encryption.MAX_BLOB:
         raise ArchiveError("The archive has an impossible size.", hint="Take it from its source again.")
     data = path.read_bytes()
-    salt, nonce = data[len(MARK) : len(MARK) + _SALT_BYTES], data[_HEAD - NONCE_BYTES : _HEAD]
-    cipher = aead(_key(passphrase, salt))
-    from cryptography.exceptions import InvalidTag
-
+    cipher = encryption.aead(_key(passphrase, data[len(MARK) : _HEAD]))
     try:
-        opened: bytes = cipher.decrypt(nonce, data[_HEAD:], MARK)
-    except InvalidTag as error:
+        return encryption.unseal(cipher, data[_HEAD:], MARK)
+    except CorruptBlobError as error:
         raise ArchiveError(
             "The archive does not open with this passphrase.", hint="It is wrong, or the file was changed."
         ) from error
-    return opened
 
 
 def _key(passphrase: str, salt: bytes) -> bytes:

@@ -20,6 +20,7 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from persona_sdk.memory import events, revisions
+from persona_sdk.memory.cube import hashed
 from persona_sdk.memory.events import Head, alias
 from persona_sdk.memory.schema import erasures, grants, snapshots, states
 from persona_sdk.memory.schema import events as event_rows
@@ -144,4 +145,4 @@ def _grants(connection: Connection, owner: str) -> dict[tuple[str, str], str]:
 
 def _snapshots(connection: Connection, owner: str) -> dict[str, int]:
     found = connection.execute(select(snapshots).where(snapshots.c.owner == owner))
-    return {events.hashed(row.name): row.revision for row in found}
+    return {hashed(row.name): row.revision for row in found}

@@ -26,8 +26,9 @@ from pathlib import Path
 from torch import Tensor
 
 from persona_sdk.errors import FrozenError, InvalidInputError, NotFoundError
-from persona_sdk.memory import archive_reader, events, revisions, snapshots, transitions, uses
+from persona_sdk.memory import events, revisions, snapshots, transitions, uses
 from persona_sdk.memory.archive_format import ArchiveSummary
+from persona_sdk.memory.archive_reader import Contents
 from persona_sdk.memory.bound_reader import BoundReader, no_persona
 from persona_sdk.memory.cube import CubeDraft, MemCube, State
 from persona_sdk.memory.governance import Granted, Principal
@@ -104,11 +105,10 @@ class BoundStore(BoundReader):
         """Allow somebody else no more than new versions of what it may write and retires."""
         if not retire:
             raise no_persona(owner)
-        self._require_cubes(owner, retire, "write")
+        before = self._require_cubes(owner, retire, "write")
         versions = all(d.header.parents and set(d.header.parents) <= set(retire) for d in add)
         if not versions or not plain:
             raise no_persona(owner)
-        before = self._store.lookup(owner, retire)
         if not all(_is_alike(draft, [before[name] for name in draft.header.parents]) for draft in add):
             raise InvalidInputError(
                 "A new version of somebody else's memory is of its kind and type, and pinned only if it was.",
@@ -116,15 +116,18 @@ class BoundStore(BoundReader):
             )
 
     def _guarded(self, owner: str, draft: CubeDraft) -> CubeDraft:
+        named: dict[str, list[str]] = {}
+        for source in draft.header.sources:
+            named.setdefault(source.owner, []).append(source.cube_id)
+        found = {of: self.lookup(of, ids) for of, ids in named.items()}
         sources = []
         for source in draft.header.sources:
-            found = self.lookup(source.owner, [source.cube_id])
-            if source.cube_id not in found:
+            if source.cube_id not in found[source.owner]:
                 raise NotFoundError(
                     f"The source {source.cube_id!r:.60} is gone or has other content.",
                     hint="Derive from what is there now; nothing was committed.",
                 )
-            sources.append(found[source.cube_id])
+            sources.append(found[source.owner][source.cube_id])
         write = Write(self.principal, owner, draft, tuple(sources))
         for guard in (cap_trust, *self._write_guards, cap_trust):
             write = replace(write, draft=guard(write))
@@ -244,18 +247,20 @@ class BoundStore(BoundReader):
         if self.principal.kind != "system":
             if as_id not in (None, self.principal.id) or not self._owns(self.principal.id):
                 raise no_persona(as_id or self.principal.id)
-            with archive_reader.opened(Path(path), passphrase) as contents:
-                kind, joined = contents.manifest.kind, {span.name for span in contents.group_spans}
-            if kind != self.principal.kind:
+            as_id = self.principal.id
+
+        def admit(contents: Contents) -> None:
+            kind = contents.manifest.kind
+            if self.principal.kind not in ("system", kind):
                 raise InvalidInputError(
                     f"The archive is of a {kind}.", hint=f"Expected a {self.principal.kind}."
                 )
-            if keep_groups:
-                self._refuse_joining(joined)
-            as_id = self.principal.id
+            if keep_groups and self.principal.kind != "system":
+                self._refuse_joining({span.name for span in contents.group_spans})
+
         with self._acting():
             return self._store.import_archive(
-                path, as_id=as_id, keep_groups=keep_groups, passphrase=passphrase
+                path, as_id=as_id, keep_groups=keep_groups, passphrase=passphrase, admit=admit
             )
 
 
@@ -263,5 +268,4 @@ def _is_alike(draft: CubeDraft, before: Sequence[MemCube]) -> bool:
     same = all(
         (draft.kind, draft.header.semantic_type) == (cube.kind, cube.header.semantic_type) for cube in before
     )
-    pinned = draft.header.attributes.get("pinned")
-    return same and (not pinned or any(cube.header.attributes.get("pinned") for cube in before))
+    return same and (not draft.header.pinned or any(cube.header.pinned for cube in before))

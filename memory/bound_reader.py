@@ -47,43 +47,51 @@ class BoundReader:
         if not self._owns(owner):
             raise no_persona(owner)
 
-    def _readable(self, owner: str) -> dict[str, MemCube]:
-        """The live cubes of somebody else that may be read; at least one.
+    def _readable(self, owner: str) -> dict[str, MemCube] | None:
+        """The live cubes of somebody else that may be read; None for who may read all, live or not."""
+        with self._store.reading() as connection:
+            rights = governance.standing(connection, self.principal, owner)
+            if rights.everything:
+                return None
+            return {cube.id: cube for cube in governance.readable(connection, owner, rights)}
+
+    def _allowed(self, owner: str) -> dict[str, MemCube] | None:
+        """As `_readable`, and at least one.
 
         Raises:
             NotFoundError: there is none, or no such persona.
         """
-        with self._store.reading() as connection:
-            found = governance.readable(connection, self.principal, owner)
-        if not found:
+        allowed = self._readable(owner)
+        if allowed == {}:
             raise no_persona(owner)
-        return {cube.id: cube for cube in found}
+        return allowed
 
-    def _require_cubes(self, owner: str, ids: Sequence[str], right: Right) -> None:
-        """Check a right on cubes, live or not."""
+    def _require_cubes(self, owner: str, ids: Sequence[str], right: Right) -> dict[str, MemCube]:
+        """The cubes, live or not, if there is a right on each of them."""
         with self._store.reading() as connection:
             rights = governance.standing(connection, self.principal, owner)
             found = rows.lookup(connection, owner, ids)
-            live = set(revisions.live_ids(connection, owner, revisions.head(connection, owner)))
+            live = rows.live_among(connection, owner, ids)
         for cube_id in ids:
             cube = found.get(cube_id)
             if cube is None or not rights.may(right, cube, live=cube_id in live):
                 raise no_cube(owner, cube_id)
+        return found
 
     # Reading ------------------------------------------------------------------------------------------
 
     def personas(self) -> list[PersonaRecord]:
         """All personas for the system, else the principal's own, if there is one."""
-        everyone = self.principal.kind == "system"
-        mine = [r for r in self._store.personas() if everyone or r.id == self.principal.id]
-        return [record for record in mine if self._owns(record.id)]
+        if self.principal.kind == "system":
+            return self._store.personas()
+        if not self._owns(self.principal.id):
+            return []
+        with self._store.reading() as connection:
+            return revisions.records(connection, self.principal.id)
 
     def kind_of(self, owner: str) -> PersonaKind | None:
         """``"user"`` or ``"group"``; None if the persona is unknown or nothing of it may be read."""
-        try:
-            return self._store.kind_of(owner) if self._owns(owner) or self._readable(owner) else None
-        except NotFoundError:
-            return None
+        return None if self._readable(owner) == {} else self._store.kind_of(owner)
 
     def head(self, owner: str) -> int:
         """The newest revision."""
@@ -91,16 +99,14 @@ class BoundReader:
 
     def mark(self, owner: str) -> tuple[int, str]:
         """The newest revision and the stamp."""
-        if not self._owns(owner):
-            self._readable(owner)
+        self._allowed(owner)
         return self._store.mark(owner)
 
     def cubes(self, owner: str, *, revision: int | None = None, kind: str | None = None) -> list[MemCube]:
         """The cubes live at a revision; of somebody else, those among them that may be read today."""
-        if self._owns(owner):
-            return self._store.cubes(owner, revision=revision, kind=kind)
-        allowed = self._readable(owner)
-        return [c for c in self._store.cubes(owner, revision=revision, kind=kind) if c.id in allowed]
+        allowed = self._allowed(owner)
+        found = self._store.cubes(owner, revision=revision, kind=kind)
+        return found if allowed is None else [cube for cube in found if cube.id in allowed]
 
     def all_cubes(self, owner: str) -> list[MemCube]:
         """Every cube that was not forgotten; for the owner only."""
@@ -115,12 +121,9 @@ class BoundReader:
 
     def lookup(self, owner: str, cube_ids: Sequence[str]) -> dict[str, MemCube]:
         """The cubes among `cube_ids` that may be read; what is not there is left out."""
-        if self._owns(owner):
+        allowed = self._readable(owner)
+        if allowed is None:
             return self._store.lookup(owner, cube_ids)
-        try:
-            allowed = self._readable(owner)
-        except NotFoundError:
-            return {}
         return {cube_id: allowed[cube_id] for cube_id in cube_ids if cube_id in allowed}
 
     def groups(self, owner: str, *, revision: int | None = None) -> tuple[str, ...]:
@@ -135,35 +138,29 @@ class BoundReader:
 
     def load_blob(self, owner: str, digest: Digest) -> TensorBundle:
         """The tensors of a cube that may be read."""
-        if not self._owns(owner) and digest not in {cube.blob for cube in self._readable_or_none(owner)}:
+        allowed = self._readable(owner)
+        if allowed is not None and digest not in {cube.blob for cube in allowed.values()}:
             raise NotFoundError(
                 f"No blob {digest!r:.20} belongs to {owner!r}.", hint="It may have been forgotten."
             )
         return self._store.load_blob(owner, digest)
 
-    def _readable_or_none(self, owner: str) -> list[MemCube]:
-        try:
-            return list(self._readable(owner).values())
-        except NotFoundError:
-            return []
-
     def vectors(
         self, owner: str, encoder: str, *, revision: int | None = None, skip: int = 0
     ) -> tuple[list[str], Float32[Tensor, "n d"]]:
         """Ids and embeddings live at a revision, of cubes that may be read, after the first `skip`."""
-        if self._owns(owner):
+        allowed = self._allowed(owner)
+        if allowed is None:
             return self._store.vectors(owner, encoder, revision=revision, skip=skip)
-        allowed = self._readable(owner)
         ids, matrix = self._store.vectors(owner, encoder, revision=revision)
         kept = [row for row, cube_id in enumerate(ids) if cube_id in allowed][skip:]
         return [ids[row] for row in kept], matrix[kept]
 
     def vector_ids(self, owner: str, encoder: str, *, revision: int | None = None) -> list[str]:
         """The ids `vectors` would return."""
-        if self._owns(owner):
-            return self._store.vector_ids(owner, encoder, revision=revision)
-        allowed = self._readable(owner)
-        return [i for i in self._store.vector_ids(owner, encoder, revision=revision) if i in allowed]
+        allowed = self._allowed(owner)
+        ids = self._store.vector_ids(owner, encoder, revision=revision)
+        return ids if allowed is None else [cube_id for cube_id in ids if cube_id in allowed]
 
     def missing_vectors(self, owner: str, encoder: str) -> list[MemCube]:
         """Cubes that are not embedded yet; for the owner only."""

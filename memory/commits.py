@@ -1,12 +1,14 @@
-"""What every way of adding cubes does inside its transaction."""
+"""What every way of adding cubes, and of appending a revision, does inside its transaction."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import Connection
 
-from persona_sdk.memory import revisions, rows
+from persona_sdk.memory import events, revisions, rows
 from persona_sdk.memory.core import StoreCore
 from persona_sdk.memory.cube import CubeDraft
+from persona_sdk.memory.revisions import Revision
 from persona_sdk.tensors import Digest
 
 Encoded = tuple[Digest, bytes]
@@ -36,3 +38,12 @@ def add_cubes(
         ids.append(rows.insert_cube(connection, owner, draft, blob[0] if blob else None, number))
     revisions.open_cubes(connection, owner, ids, number)
     return ids
+
+
+def recorded(
+    connection: Connection, owner: str, number: int, kind: str, details: Mapping[str, Any]
+) -> Revision:
+    """The revision `number`, the newest one, after its event was appended."""
+    past = revisions.history(connection, owner, since=number - 1)
+    events.append(connection, owner, kind, details, past=past)
+    return past[0]

@@ -143,7 +143,7 @@ class StoreCore:
             return {}
         with self.vault.settling(digests) as written:
             with self.writing() as connection:
-                named = self._named(connection, digests)
+                named = named_blobs(connection, digests)
                 deleted = {name: self.vault.delete(name) for name in digests if name not in named}
             written()
             return deleted
@@ -151,23 +151,15 @@ class StoreCore:
     def sweep(self) -> None:
         """Delete what crashes left behind. Nothing is locked when there is nothing to do."""
         with self.reading() as connection:
-            found = self.vault.candidates(partial(self._named, connection))
+            found = self.vault.candidates(partial(named_blobs, connection))
         if found:
             with contextlib.suppress(PersonaError):
                 self._drop_orphans()
 
     def _drop_orphans(self, **age: float) -> None:
         with self.writing() as connection:
-            for file in self.vault.candidates(partial(self._named, connection), **age):
+            for file in self.vault.candidates(partial(named_blobs, connection), **age):
                 file.unlink(missing_ok=True)
-
-    @staticmethod
-    def _named(connection: Connection, digests: Sequence[Digest]) -> set[Digest]:
-        """Those of `digests` that a row names, whoever's it is."""
-        found: set[Digest] = set()
-        for part in chunks(digests):
-            found |= set(connection.execute(select(cubes.c.blob).where(cubes.c.blob.in_(part))).scalars())
-        return found
 
     def on_forget(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with the owner whenever cubes of it were erased."""
@@ -206,3 +198,11 @@ class StoreCore:
         except StoreError:
             return False
         return self._open_database().scrub()
+
+
+def named_blobs(connection: Connection, digests: Sequence[Digest]) -> set[Digest]:
+    """Those of `digests` that a row names, whoever's it is."""
+    found: set[Digest] = set()
+    for part in chunks(digests):
+        found |= set(connection.execute(select(cubes.c.blob).where(cubes.c.blob.in_(part))).scalars())
+    return found

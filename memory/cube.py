@@ -49,6 +49,7 @@ State: TypeAlias = Literal["generated", "activated", "merged", "archived", "froz
 Sensitivity: TypeAlias = Literal["normal", "personal", "special"]
 KINDS: tuple[str, ...] = get_args(Kind)
 TRUST_ORDER: tuple[str, ...] = get_args(Trust)  # most trusted first
+SENSITIVITY_ORDER: tuple[str, ...] = get_args(Sensitivity)  # most sensitive last
 
 
 def utc_now() -> datetime:
@@ -65,6 +66,23 @@ def clean_text(value: str, what: str) -> str:
             f"The {what} is not valid text.", hint="Expected a str without lone surrogates."
         ) from error
     return value
+
+
+def aware(moment: datetime) -> datetime:
+    """Return `moment` if it has a time zone, else raise `InvalidInputError`."""
+    if moment.tzinfo is None:
+        raise InvalidInputError("The time has no time zone.", hint="Give one, as datetime.now(UTC).")
+    return moment
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def hashed(value: str) -> str:
+    """SHA-256 of a text, as hexadecimal digits."""
+    return hashlib.sha256(value.encode()).hexdigest()
 
 
 def _in_utc(moment: datetime) -> datetime:
@@ -155,6 +173,11 @@ class CubeHeader(FrozenConfig):
                 "The header of a cube is damaged.", hint="Restore the store from a copy."
             ) from None  # what pydantic says quotes it
 
+    @property
+    def pinned(self) -> bool:
+        """Whether its owner has it in every prompt: ``attributes["pinned"]`` is true, and nothing like it."""
+        return self.attributes.get("pinned") is True
+
     def expired(self, now: datetime) -> bool:
         """Whether the cube's time has passed."""
         return self.expires_at is not None and self.expires_at <= now
@@ -188,8 +211,7 @@ class MemCube:
         """Hash of the content: the tensors' digest, else that of text and attributes."""
         if self.blob is not None:
             return self.blob
-        attributes = json.dumps(self.header.attributes, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(f"{self.text or ''}\0{attributes}".encode()).hexdigest()
+        return hashed(f"{self.text or ''}\0{canonical(self.header.attributes)}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

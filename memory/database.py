@@ -11,6 +11,7 @@ transaction, and one this code does not know is refused before anything changes.
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 
 from alembic import command
@@ -70,7 +71,7 @@ def require_known(version: str, name: str) -> None:
     Raises:
         SchemaError: it is newer, or no store's.
     """
-    if version not in {script.revision for script in _scripts().walk_revisions()}:
+    if version not in _versions(MIGRATIONS):
         what = f"a newer schema ({version!r})" if version else "tables that are not a memory store's"
         raise SchemaError(
             f"{name} has {what}; it was not changed.",
@@ -78,9 +79,9 @@ def require_known(version: str, name: str) -> None:
         )
 
 
-def newest_version() -> str | None:
+def newest_version() -> str:
     """The version `upgrade` leads to."""
-    return _scripts().get_current_head()
+    return _versions(MIGRATIONS)[0]
 
 
 def upgrade(connection: Connection) -> None:
@@ -91,5 +92,7 @@ def upgrade(connection: Connection) -> None:
     command.upgrade(config, "head")
 
 
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory(str(MIGRATIONS))
+@cache
+def _versions(folder: Path) -> tuple[str, ...]:
+    """The versions that the migrations in a folder lead to, newest first."""
+    return tuple(script.revision for script in ScriptDirectory(str(folder)).walk_revisions())

@@ -7,11 +7,10 @@ train a new one from these. This module only says what is left to train from; me
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 
 from persona_sdk.memory import rows
 from persona_sdk.memory.cube import Kind, Origin, Source
-from persona_sdk.memory.schema import memberships
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,12 @@ def collect(
     found = []
     for owner, ids in by_owner.items():
         wanted = [cube_id for cube_id in ids if (owner, cube_id) not in asked]
-        live = _live(connection, owner, wanted)
+        live = rows.live_among(connection, owner, wanted)
         for cube in rows.lookup(connection, owner, wanted).values():
             left = [s for s in cube.header.sources if (s.owner, s.cube_id) not in going]
             kept = tuple(s for s in left if rows.lookup(connection, s.owner, [s.cube_id]))
             what = (cube.kind, cube.header.semantic_type, cube.header.origin)
             found.append(Derived(owner, cube.id, *what, kept, cube.id in live))
-    return found
-
-
-def _live(connection: Connection, owner: str, ids: Sequence[str]) -> set[str]:
-    table, found = memberships, set()
-    for start in range(0, len(ids), rows.CHUNK):
-        part = table.c.cube_id.in_(ids[start : start + rows.CHUNK])
-        mine = (table.c.owner == owner) & part & table.c.to_revision.is_(None)
-        found |= set(connection.execute(select(table.c.cube_id).where(mine)).scalars())
     return found
 
 

@@ -34,14 +34,14 @@ from sqlalchemy import Connection, insert, select, update
 from persona_sdk.errors import CorruptBlobError, InvalidInputError, MasterKeyError, StoreError
 from persona_sdk.memory.cipher import OwnerCipher
 from persona_sdk.memory.cube import utc_now
-from persona_sdk.memory.schema import keys, personas, to_column
+from persona_sdk.memory.events import STORE
+from persona_sdk.memory.schema import FORGOTTEN, keys, personas, to_column
 from persona_sdk.tensors import Digest
 
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
-STORE = "*"  # owner of the key that tells whether a master key is the store's; no persona can have this id
 MAX_BLOB = (1 << 31) - 1 - TAG_BYTES  # the library's limit for one call
 _ID_BYTES = 8
-_BLANKED = ("", "(forgotten)")  # messages that say nothing are kept as they are
+_BLANKED = ("", FORGOTTEN)  # messages that say nothing are kept as they are
 
 
 class KeyRing:
@@ -85,7 +85,7 @@ class KeyRing:
     def wrap(self, owner: str, key: bytes) -> bytes:
         """A data key as it is stored."""
         master = self.master()
-        return _name(master) + _seal(aead(master), key, _place("key", owner))
+        return _name(master) + seal(aead(master), key, _place("key", owner))
 
     def unwrap(self, owner: str, wrapped: bytes) -> bytes:
         """Inverse of `wrap`.
@@ -96,7 +96,7 @@ class KeyRing:
         master = self.master()
         if wrapped[:_ID_BYTES] == _name(master):
             try:
-                return _open(aead(master), wrapped[_ID_BYTES:], _place("key", owner))
+                return unseal(aead(master), wrapped[_ID_BYTES:], _place("key", owner))
             except CorruptBlobError:
                 pass
         raise MasterKeyError(
@@ -137,11 +137,11 @@ class PersonaCipher(OwnerCipher):
 
     def seal_vector(self, cube_id: str, encoder: str, data: bytes) -> bytes:
         """An embedding."""
-        return _seal(self._aead, data, _place("vector", self._owner, cube_id, encoder))
+        return seal(self._aead, data, _place("vector", self._owner, cube_id, encoder))
 
     def open_vector(self, cube_id: str, encoder: str, stored: bytes) -> bytes:
         """Inverse of `seal_vector`."""
-        return _open(self._aead, stored, _place("vector", self._owner, cube_id, encoder))
+        return unseal(self._aead, stored, _place("vector", self._owner, cube_id, encoder))
 
     def seal_message(self, number: int, text: str) -> str:
         """The message of a revision; one that says nothing stays as it is."""
@@ -165,21 +165,21 @@ class PersonaCipher(OwnerCipher):
             raise InvalidInputError(
                 f"A payload of {len(data)} bytes cannot be encrypted.", hint="Split it into several cubes."
             )
-        return _seal(self._aead, data, _place("blob", self._owner, digest))
+        return seal(self._aead, data, _place("blob", self._owner, digest))
 
     def open_blob(self, digest: Digest, stored: bytes) -> bytes:
         """Inverse of `seal_blob`."""
-        return _open(self._aead, stored, _place("blob", self._owner, digest))
+        return unseal(self._aead, stored, _place("blob", self._owner, digest))
 
     def _seal_str(self, text: str, what: str, name: str) -> str:
-        return base64.b64encode(_seal(self._aead, text.encode(), _place(what, self._owner, name))).decode()
+        return base64.b64encode(seal(self._aead, text.encode(), _place(what, self._owner, name))).decode()
 
     def _open_str(self, stored: str, what: str, name: str) -> str:
         try:
             data = base64.b64decode(stored, validate=True)
         except ValueError as error:
             raise _changed() from error
-        return _open(self._aead, data, _place(what, self._owner, name)).decode()
+        return unseal(self._aead, data, _place(what, self._owner, name)).decode()
 
 
 class Encryption:
@@ -315,13 +315,19 @@ def _place(what: str, *names: str) -> bytes:
     return "\0".join(("persona_sdk 1", what, *names)).encode()
 
 
-def _seal(cipher: Any, data: bytes, place: bytes) -> bytes:
+def seal(cipher: Any, data: bytes, place: bytes) -> bytes:
+    """``nonce || AES-256-GCM``, with the cipher of `aead`; `place` is authenticated and not part of it."""
     nonce = os.urandom(NONCE_BYTES)
     sealed: bytes = cipher.encrypt(nonce, data, place)
     return nonce + sealed
 
 
-def _open(cipher: Any, stored: bytes, place: bytes) -> bytes:
+def unseal(cipher: Any, stored: bytes, place: bytes) -> bytes:
+    """Inverse of `seal`.
+
+    Raises:
+        CorruptBlobError: it was changed, or sealed with another key or for another place.
+    """
     from cryptography.exceptions import InvalidTag
 
     try:

@@ -11,7 +11,6 @@ The transaction leaves a file ``erasing-*.pending``, which goes when all of that
 next `MemoryStore.open` finds it and does the rest.
 """
 
-import hashlib
 import json
 import uuid
 from collections import defaultdict
@@ -26,34 +25,30 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from persona_sdk import files
 from persona_sdk.errors import NotFoundError, StoreError
 from persona_sdk.memory import derived, events, governance, lifecycle, revisions, signing
-from persona_sdk.memory.cube import utc_now
+from persona_sdk.memory.cube import hashed, utc_now
 from persona_sdk.memory.derived import Derived
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
-from persona_sdk.memory.rows import CHUNK, lookup
+from persona_sdk.memory.rows import chunks, lookup, owned
 from persona_sdk.memory.schema import (
+    BY_CUBE,
+    BY_OWNER,
+    FORGOTTEN,
     ByteLength,
     cubes,
     erasures,
-    grants,
     group_memberships,
-    keys,
     memberships,
-    pending,
     personas,
-    snapshots,
     sources,
-    states,
     to_column,
     tombstones,
-    uses,
     vectors,
 )
 from persona_sdk.memory.schema import events as event_rows
 from persona_sdk.memory.schema import revisions as revision_rows
 from persona_sdk.tensors import Digest
 
-FORGOTTEN = "(forgotten)"
 PENDING = "erasing-*.pending"
 
 _CubeKey = tuple[str, str]  # owner, cube id
@@ -81,7 +76,7 @@ def forget(store: StoreReader, owner: str, ids: Sequence[str]) -> Receipt:
     """See `MemoryStore.forget`."""
 
     def chosen(connection: Connection) -> list[str]:
-        found = set(_select_in(connection, owner, ids))
+        found = owned(connection, owner, ids)
         if missing := [cube_id for cube_id in ids if cube_id not in found]:
             raise NotFoundError(
                 f"No cube {missing[0]!r:.60} belongs to {owner!r}.", hint="Nothing was erased."
@@ -104,12 +99,12 @@ def forget_everything(store: StoreReader, owner: str) -> Receipt:
     return _finished(store, [_erase(store, owner, chosen, everything=True)])[0]
 
 
-def expire(store: StoreReader, chosen: Mapping[str, Callable[[Connection], list[str]]]) -> list[Receipt]:
+def expire(store: StoreReader, chosen: Mapping[str, Callable[[Connection], Iterable[str]]]) -> list[Receipt]:
     """For `persona_sdk.memory.expiry`: erase of each owner what is chosen in the owner's transaction."""
 
-    def erase(owner: str, choose: Callable[[Connection], list[str]]) -> _Erased:
+    def erase(owner: str, choose: Callable[[Connection], Iterable[str]]) -> _Erased:
         def all_versions(connection: Connection) -> list[str]:
-            return _with_parents(connection, owner, choose(connection))
+            return _with_parents(connection, owner, list(choose(connection)))
 
         return _erase(store, owner, all_versions, everything=False, expired=True)
 
@@ -227,7 +222,7 @@ def _with_derived(connection: Connection, start: Iterable[_CubeKey]) -> dict[str
     while todo:
         fresh: dict[_CubeKey, None] = {}
         for owner, ids in _grouped(todo).items():
-            for part in _chunks(ids):
+            for part in chunks(ids):
                 named = (sources.c.source_owner == owner) & sources.c.source_id.in_(part)
                 query = select(sources.c.owner, sources.c.cube_id).where(named)
                 fresh |= {(row.owner, row.cube_id): None for row in connection.execute(query)}
@@ -243,21 +238,12 @@ def _grouped(keys: Iterable[_CubeKey]) -> dict[str, list[str]]:
     return by_owner
 
 
-def _chunks(ids: Sequence[str]) -> Iterable[Sequence[str]]:
-    return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
-
-
-def _select_in(connection: Connection, owner: str, ids: Sequence[str]) -> list[str]:
-    query = select(cubes.c.id).where(cubes.c.owner == owner)
-    return [
-        i for part in _chunks(ids) for i in connection.execute(query.where(cubes.c.id.in_(part))).scalars()
-    ]
-
-
 def _blobs_of(connection: Connection, owner: str, ids: Sequence[str]) -> set[Digest]:
     query = select(cubes.c.blob).where(cubes.c.owner == owner, cubes.c.blob.is_not(None))
     return {
-        b for part in _chunks(ids) for b in connection.execute(query.where(cubes.c.id.in_(part))).scalars()
+        blob
+        for part in chunks(ids)
+        for blob in connection.execute(query.where(cubes.c.id.in_(part))).scalars()
     }
 
 
@@ -272,7 +258,7 @@ def _bury(
 ) -> None:
     """Replace cubes by tombstones whose open intervals end at revision `number`."""
     table = memberships
-    for part in _chunks(ids):
+    for part in chunks(ids):
         mine = (table.c.owner == owner) & table.c.cube_id.in_(part)
         spans = connection.execute(select(table).where(mine).order_by(table.c.seq)).all()
         stones = [
@@ -300,10 +286,10 @@ def _delete_cubes(connection: Connection, owner: str, ids: Sequence[str], tally:
     """Delete cubes with all rows that hang on them, and count."""
     text = func.coalesce(cubes.c.text, "")
     size = func.coalesce(func.sum(ByteLength(cubes.c.header) + ByteLength(text)), 0)
-    for part in _chunks(ids):
+    for part in chunks(ids):
         mine = (cubes.c.owner == owner) & cubes.c.id.in_(part)
         tally.bytes += connection.execute(select(size).where(mine)).scalar_one()
-        for table in (memberships, sources, vectors, states, uses, grants, pending):
+        for table in BY_CUBE:
             hanging = (table.c.owner == owner) & table.c.cube_id.in_(part)
             if table is vectors:
                 lengths = select(func.coalesce(func.sum(func.length(vectors.c.data)), 0)).where(hanging)
@@ -322,7 +308,7 @@ def _remove_persona(
     count = connection.execute(select(func.count()).where(revision_rows.c.owner == owner)).scalar_one()
     governance.withdraw(connection, owner)
     # The persona goes before its events: those of one that is there cannot be deleted.
-    for table in (tombstones, group_memberships, snapshots, keys, revision_rows, personas, event_rows):
+    for table in (*BY_OWNER, personas, event_rows):
         tally.rows += connection.execute(delete(table).where(table.c.owner == owner)).rowcount
     # Whoever makes a group of this name later must not find the old members in it.
     members = group_memberships.c.group_id == owner
@@ -331,7 +317,7 @@ def _remove_persona(
         events.append(connection, member, "group_erased", actor=events.SYSTEM)
     tally.rows += connection.execute(delete(group_memberships).where(members)).rowcount
     counts = {"cubes": len(ids), "vectors": tally.vectors, "revisions": count}
-    hashed = hashlib.sha256(owner.encode()).hexdigest()
-    values = {"owner": hashed, "at": to_column(at), "counts": json.dumps(counts)}
+    persona = hashed(owner)
+    values = {"owner": persona, "at": to_column(at), "counts": json.dumps(counts)}
     connection.execute(insert(erasures).values(**values))
-    events.append(connection, events.STORE, "erase", {"persona": hashed, **counts})
+    events.append(connection, events.STORE, "erase", {"persona": persona, **counts})

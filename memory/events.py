@@ -16,10 +16,9 @@ People other than the owner stand in a chain by hash only, so that erasing them 
 Who knows an id can find its events with `alias`. What `persona_sdk.memory.audit` cannot see is said there.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from typing import Any, get_args
 from sqlalchemy import Connection, func, insert, select
 
 from persona_sdk.memory import revisions
-from persona_sdk.memory.cube import State, utc_now
+from persona_sdk.memory.cube import State, canonical, hashed, utc_now
 from persona_sdk.memory.schema import erasures, events, from_column, to_column
 
-STORE = "*"  # owner of the store's own chain; no persona can have this id
+STORE = "*"  # owner of the store's own chain and key; no persona can have this id
 SYSTEM = "system"
 GENESIS = "0" * 64
 
@@ -73,11 +72,6 @@ def acting_as(actor: str) -> Iterator[None]:
         _actor.reset(token)
 
 
-def hashed(value: str) -> str:
-    """SHA-256 of a text, as hexadecimal digits."""
-    return hashlib.sha256(value.encode()).hexdigest()
-
-
 def alias(principal: str) -> str:
     """How somebody else, ``<kind>:<id>``, stands in a chain: with the id hashed."""
     kind, _, name = principal.partition(":")
@@ -89,11 +83,6 @@ def link(number: int, owner: str, at: str, actor: str, kind: str, details: str, 
     return hashed(canonical([number, owner, at, actor, kind, details, previous]))
 
 
-def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
 def append(
     connection: Connection,
     owner: str,
@@ -101,7 +90,8 @@ def append(
     details: Mapping[str, Any] | None = None,
     *,
     actor: str | None = None,
-) -> Event:
+    past: Sequence[revisions.Revision] = (),
+) -> None:
     """Append an event to the chain of `owner`, in the transaction of what it tells.
 
     Args:
@@ -110,6 +100,7 @@ def append(
         kind: what was done, a word.
         details: what can be checked later, as `persona_sdk.memory.audit` does; ids, counts, states, hashes.
         actor: who did it; None takes the one of `acting_as`.
+        past: the revisions up to the newest, as far back as the caller has read them.
 
     Raises:
         ValueError: details hold something else, such as text; a mistake of the calling code.
@@ -117,7 +108,7 @@ def append(
     last = connection.execute(
         select(events).where(events.c.owner == owner).order_by(events.c.number.desc()).limit(1)
     ).first()
-    told = {**(details or {}), **_standing(connection, owner, _revision(last))}
+    told = {**(details or {}), **_standing(connection, owner, _revision(last), past)}
     _require_no_text(list(told.values()))
     who = _actor.get() if actor is None else actor
     values: dict[str, Any] = {
@@ -130,7 +121,6 @@ def append(
     }
     values["hash"] = link(owner=owner, **values)
     connection.execute(insert(events).values(owner=owner, **values))
-    return _to_event(owner, values)
 
 
 def _revision(row: Any) -> int:
@@ -141,14 +131,18 @@ def _revision(row: Any) -> int:
         return 0
 
 
-def _standing(connection: Connection, owner: str, told: int) -> dict[str, Any]:
+def _standing(
+    connection: Connection, owner: str, told: int, past: Sequence[revisions.Revision]
+) -> dict[str, Any]:
     """What every event says of the tables: they must still agree with the newest one."""
     if owner == STORE:
         return {"erasures": connection.execute(select(func.count()).select_from(erasures)).scalar_one()}
     head = revisions.head(connection, owner)
     if head == told:
         return {"revision": head}
-    return {"revision": head, "digest": history_digest(revisions.history(connection, owner, since=told))}
+    if not past or past[0].parent != told:
+        past = revisions.history(connection, owner, since=told)
+    return {"revision": head, "digest": history_digest(past)}
 
 
 def membership(groups: Iterable[str] | None) -> dict[str, list[str]]:
@@ -156,7 +150,7 @@ def membership(groups: Iterable[str] | None) -> dict[str, list[str]]:
     return {} if groups is None else {"groups": [alias(f"group:{group}") for group in dict.fromkeys(groups)]}
 
 
-def history_digest(past: list[revisions.Revision]) -> str:
+def history_digest(past: Sequence[revisions.Revision]) -> str:
     """Digest of what revisions added, retired and restored; forgetting a cube later does not change it."""
     return hashed(canonical([[r.number, r.restores, sorted(r.added), sorted(r.retired)] for r in past]))
 

@@ -5,13 +5,14 @@ it, as in forgetting. It is kept for as long as one of these is frozen; recall p
 The clock is an argument, so the same call on the same store does the same.
 """
 
+from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
 
 from sqlalchemy import Connection, select
 
-from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import erasure, lifecycle
+from persona_sdk.memory.cube import aware
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.receipt import Receipt
 from persona_sdk.memory.schema import cubes, to_column
@@ -23,21 +24,19 @@ def expire(store: StoreReader, owner: str | None = None, *, now: datetime) -> li
     Raises:
         InvalidInputError: `now` has no time zone.
     """
-    if now.tzinfo is None:
-        raise InvalidInputError("The time has no time zone.", hint="Give one, as datetime.now(UTC).")
+    aware(now)
     with store.reading() as connection:
-        due = select(cubes.c.owner).where(cubes.c.expires_at <= to_column(now)).distinct()
-        owners = list(connection.execute(due.order_by("owner")).scalars())
-        wanted = owners if owner is None else [name for name in owners if name == owner]
-        chosen = [name for name in wanted if _due(connection, name, now)]
+        due = select(cubes.c.owner).where(cubes.c.expires_at <= to_column(now))
+        if owner is not None:
+            due = due.where(cubes.c.owner == owner)
+        owners = sorted(set(connection.execute(due).scalars()))
+        chosen = [name for name in owners if any(_due(connection, name, now))]
     return erasure.expire(store, {name: partial(_due, owner=name, now=now) for name in chosen})
 
 
-def _due(connection: Connection, owner: str, now: datetime) -> list[str]:
+def _due(connection: Connection, owner: str, now: datetime) -> Iterator[str]:
     """The owner's cubes that can go: expired, and nothing that goes with them is frozen."""
     query = select(cubes.c.id).where(cubes.c.owner == owner, cubes.c.expires_at <= to_column(now))
-    return [
-        cube_id
-        for cube_id in connection.execute(query.order_by(cubes.c.seq)).scalars()
-        if not lifecycle.any_frozen(connection, erasure.reach(connection, owner, [cube_id]))
-    ]
+    for cube_id in connection.execute(query.order_by(cubes.c.seq)).scalars().all():
+        if not lifecycle.any_frozen(connection, erasure.reach(connection, owner, [cube_id])):
+            yield cube_id

@@ -121,7 +121,7 @@ def facts_of(
                 valid_to=header.valid_to,
                 expires_at=header.expires_at,
                 tags=header.tags,
-                pinned=header.attributes.get("pinned") is True and not DOUBTFUL & set(header.tags),
+                pinned=header.pinned and not DOUBTFUL & set(header.tags),
                 trust=header.trust,
                 sensitivity=header.sensitivity,
                 priority=header.priority,

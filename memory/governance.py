@@ -16,6 +16,7 @@ Membership and grants count as they are now, whatever revision is looked at. The
 functions of a `Standing`; `persona_sdk.memory.bound.BoundStore` applies them to every read and write.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -78,18 +79,23 @@ class Standing:
 OWNER = Standing(everything=True)
 
 
-def standing(connection: Connection, principal: Principal, owner: str) -> Standing:
-    """What `principal` is to `owner` at this moment; nothing at all when there is no such persona."""
+def standing(
+    connection: Connection, principal: Principal, owner: str, names: Sequence[str] | None = None
+) -> Standing:
+    """What `principal` is to `owner` at this moment; nothing at all when there is no such persona.
+
+    Whoever asks about many owners hands over the principal's `names_of`, to have them read once.
+    """
     if principal.kind == "system":
-        return Standing(everything=True)
+        return OWNER
     try:
         validate_id(owner)
     except InvalidInputError:
         return Standing()  # PostgreSQL refuses to be asked for some of these, instead of finding nobody
     kind = connection.execute(select(personas.c.kind).where(personas.c.owner == owner)).scalar()
     if principal.id == owner and principal.kind in ("user", "group") and kind in (None, principal.kind):
-        return Standing(everything=True)
-    names = names_of(connection, principal)
+        return OWNER
+    names = names_of(connection, principal) if names is None else names
     found = connection.execute(
         select(grants.c.cube_id, grants.c.right).where(grants.c.owner == owner, grants.c.principal.in_(names))
     )
@@ -186,7 +192,7 @@ def shared_with(connection: Connection, principal: Principal) -> dict[str, list[
     query = select(grants.c.owner).where(grants.c.principal.in_(names), grants.c.owner != principal.id)
     shared = {}
     for owner in connection.execute(query.distinct().order_by(grants.c.owner)).scalars():
-        if cubes := readable(connection, principal, owner):
+        if cubes := readable(connection, owner, standing(connection, principal, owner, names)):
             shared[owner] = cubes
     return shared
 
@@ -199,9 +205,8 @@ def owners_for(connection: Connection, principal: Principal) -> list[str]:
     return list(dict.fromkeys([*own, *connection.execute(granted).scalars()]))
 
 
-def readable(connection: Connection, principal: Principal, owner: str) -> list[MemCube]:
-    """The live cubes of an owner that a principal may read, oldest first."""
-    rights = standing(connection, principal, owner)
+def readable(connection: Connection, owner: str, rights: Standing) -> list[MemCube]:
+    """The live cubes of an owner that somebody with these rights may read, oldest first."""
     if rights == Standing():
         return []
     live = rows.read_cubes(connection, owner, revision=revisions.head(connection, owner))

@@ -11,14 +11,12 @@ from typing import Any, TypeAlias
 import faiss
 import numpy as np
 from jaxtyping import Float, Float32, Int
-from sqlalchemy import bindparam, select
 from torch import Tensor
 
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory.cube import check_vector
 from persona_sdk.memory.ranking import best
-from persona_sdk.memory.rows import CHUNK
-from persona_sdk.memory.schema import cubes
+from persona_sdk.memory.rows import owned
 from persona_sdk.memory.slice_cache import SliceCache
 from persona_sdk.memory.slices import APPROXIMATE_ABOVE, Slice
 
@@ -26,9 +24,6 @@ PROBES = 64
 _TRAINING = 32  # rows to a cell
 
 Hit: TypeAlias = tuple[str, float]  # cube id, score
-_OWNED = select(cubes.c.id).where(
-    cubes.c.owner == bindparam("of"), cubes.c.id.in_(bindparam("ids", expanding=True))
-)
 
 
 class VectorIndex(SliceCache):
@@ -56,13 +51,8 @@ class VectorIndex(SliceCache):
             hits = sorted(zip((-scores).tolist(), rows.tolist(), strict=True))
             ids = [found.ids[row] for _, row in hits]
             # Fail closed: whatever a slice holds, only what is the owner's at this moment leaves it.
-            parts = (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
-            owned = {
-                name
-                for part in parts
-                for name in connection.execute(_OWNED, {"of": owner, "ids": part}).scalars()
-            }
-        return [(name, -score) for name, (score, _) in zip(ids, hits, strict=True) if name in owned]
+            mine = owned(connection, owner, ids)
+        return [(name, -score) for name, (score, _) in zip(ids, hits, strict=True) if name in mine]
 
 
 def nearest(

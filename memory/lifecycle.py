@@ -15,7 +15,7 @@ Search sees the live set of a revision, not states. The verbs that change both i
 the event, are in `transitions`; the functions here work inside the caller's transaction and write no event.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
@@ -23,7 +23,7 @@ from sqlalchemy import Connection, insert, select, update
 from persona_sdk.errors import FrozenError, LifecycleError, NotFoundError
 from persona_sdk.memory import revisions
 from persona_sdk.memory.cube import State, clean_text, utc_now
-from persona_sdk.memory.rows import CHUNK, FIRST
+from persona_sdk.memory.rows import FIRST, chunks
 from persona_sdk.memory.schema import cubes, states, to_column
 
 MOVES: Mapping[State, frozenset[State]] = {
@@ -81,22 +81,15 @@ def move(
         LifecycleError: the move is not in the table.
         NotFoundError: the cube is not the owner's.
     """
-    now = standings(connection, owner, [cube_id]).get(cube_id)
-    if now is None:
-        raise NotFoundError(f"No cube {cube_id!r:.60} belongs to {owner!r}.", hint="Nothing was changed.")
-    if state not in now.legal:
-        raise LifecycleError(
-            f"A cube cannot go from {now.state!r} to {state!r}.",
-            hint=f"From {now.state!r} it may go to: {', '.join(sorted(now.legal))}.",
-        )
-    values: dict[str, str | None] = {"before": now.state, "state": state, "since": to_column(utc_now())}
-    values |= {"reason": clean_text(reason, "reason"), "legal_basis": legal_basis}
-    if now.moved:
-        mine = (states.c.owner == owner) & (states.c.cube_id == cube_id)
-        connection.execute(update(states).where(mine).values(**values))
-    else:
-        connection.execute(insert(states).values(owner=owner, cube_id=cube_id, **values))
-    revisions.touch(connection, owner)
+    have = standings(connection, owner, [cube_id])
+    _move(connection, owner, have, [cube_id], state, reason, legal_basis)
+
+
+def move_each(
+    connection: Connection, owner: str, ids: Sequence[str], state: State, *, reason: str = ""
+) -> dict[str, State]:
+    """Give every one of these cubes another state; errors as `move`. Returns the moves, for the event."""
+    return _move(connection, owner, standings(connection, owner, ids), ids, state, reason)
 
 
 def move_all(
@@ -106,9 +99,44 @@ def move_all(
     wanted = list(dict.fromkeys(ids))
     have = standings(connection, owner, wanted)
     moving = [cube_id for cube_id in wanted if cube_id not in have or have[cube_id].state != state]
-    for cube_id in moving:
-        move(connection, owner, cube_id, state, reason=reason)
-    return dict.fromkeys(moving, state)
+    return _move(connection, owner, have, moving, state, reason)
+
+
+def wake(connection: Connection, owner: str, ids: Sequence[str], *, reason: str) -> dict[str, State]:
+    """Activate those of the cubes that are dormant. Returns the moves, for the event."""
+    have = standings(connection, owner, ids)
+    asleep = [cube_id for cube_id, now in have.items() if now.state in DORMANT]
+    return _move(connection, owner, have, asleep, "activated", reason)
+
+
+def _move(
+    connection: Connection,
+    owner: str,
+    have: Mapping[str, Standing],
+    ids: Sequence[str],
+    state: State,
+    reason: str,
+    legal_basis: str | None = None,
+) -> dict[str, State]:
+    for cube_id in ids:
+        now = have.get(cube_id)
+        if now is None:
+            raise NotFoundError(f"No cube {cube_id!r:.60} belongs to {owner!r}.", hint="Nothing was changed.")
+        if state not in now.legal:
+            raise LifecycleError(
+                f"A cube cannot go from {now.state!r} to {state!r}.",
+                hint=f"From {now.state!r} it may go to: {', '.join(sorted(now.legal))}.",
+            )
+        values: dict[str, str | None] = {"before": now.state, "state": state, "since": to_column(utc_now())}
+        values |= {"reason": clean_text(reason, "reason"), "legal_basis": legal_basis}
+        if now.moved:
+            mine = (states.c.owner == owner) & (states.c.cube_id == cube_id)
+            connection.execute(update(states).where(mine).values(**values))
+        else:
+            connection.execute(insert(states).values(owner=owner, cube_id=cube_id, **values))
+    if ids:
+        revisions.touch(connection, owner)
+    return dict.fromkeys(ids, state)
 
 
 def require_unfrozen(connection: Connection, owner: str, ids: Sequence[str]) -> None:
@@ -163,8 +191,3 @@ def _frozen(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str,
 def _listed(ids: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(f"{cube_id:.60}" for cube_id in ids[:most])
     return shown if len(ids) <= most else f"{shown} and {len(ids) - most} more"
-
-
-def chunks(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Ids in parts that fit into one statement."""
-    return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))

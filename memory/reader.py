@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jaxtyping import Float32
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import select
 from torch import Tensor
 
 from persona_sdk.errors import CorruptBlobError, NotFoundError
@@ -14,10 +14,8 @@ from persona_sdk.memory.core import StoreCore
 from persona_sdk.memory.cube import MemCube, PersonaKind
 from persona_sdk.memory.database import translated
 from persona_sdk.memory.revisions import PersonaRecord, Revision
-from persona_sdk.memory.schema import cubes, from_column, memberships, personas
+from persona_sdk.memory.schema import cubes, personas
 from persona_sdk.tensors import Digest, TensorBundle
-
-_MARK = select(personas.c.head, personas.c.stamp).where(personas.c.owner == bindparam("of"))
 
 
 class StoreReader(StoreCore):
@@ -25,13 +23,8 @@ class StoreReader(StoreCore):
 
     def personas(self) -> list[PersonaRecord]:
         """All personas, in the order of their ids."""
-        live = select(func.count()).where(
-            memberships.c.owner == personas.c.owner, memberships.c.to_revision.is_(None)
-        )
         with self.reading() as connection:
-            found = connection.execute(select(personas, live.scalar_subquery().label("live")))
-            known = [PersonaRecord(p.owner, p.kind, p.head, p.live, from_column(p.created_at)) for p in found]
-        return sorted(known, key=lambda persona: persona.id)  # a database's order is that of its language
+            return revisions.records(connection)
 
     def kind_of(self, owner: str) -> PersonaKind | None:
         """``"user"``, ``"group"``, or None for an unknown persona."""
@@ -46,8 +39,7 @@ class StoreReader(StoreCore):
     def mark(self, owner: str) -> tuple[int, str]:
         """The newest revision and a string that changes with every write to the owner; for caches."""
         with self.reading() as connection:
-            row = connection.execute(_MARK, {"of": owner}).first()
-            return (row.head, row.stamp) if row else (0, "")
+            return revisions.mark(connection, owner)
 
     def cubes(self, owner: str, *, revision: int | None = None, kind: str | None = None) -> list[MemCube]:
         """The cubes live at a revision (None: the newest; 0: before the first), oldest first.

@@ -1,7 +1,5 @@
 """The receipt of an erasure: what was erased, and a way to look again whether anything is left."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,32 +10,17 @@ from sqlalchemy import Connection, select
 
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import signing
+from persona_sdk.memory.core import named_blobs
+from persona_sdk.memory.cube import canonical, hashed
 from persona_sdk.memory.database import BACKUP_GLOB
 from persona_sdk.memory.derived import Retrainable
 from persona_sdk.memory.reader import StoreReader
-from persona_sdk.memory.rows import CHUNK
-from persona_sdk.memory.schema import (
-    cubes,
-    events,
-    grants,
-    group_memberships,
-    keys,
-    memberships,
-    pending,
-    personas,
-    snapshots,
-    sources,
-    states,
-    to_column,
-    uses,
-    vectors,
-)
+from persona_sdk.memory.rows import chunks
+from persona_sdk.memory.schema import BY_CUBE, BY_OWNER, cubes, events, personas, sources, to_column
 from persona_sdk.memory.signing import Signature
 from persona_sdk.tensors import Digest
 
 _PublicKey: TypeAlias = bytes  # the class below has a field called bytes
-_BY_CUBE = (memberships, vectors, sources, states, uses, grants, pending)
-_BY_OWNER = (snapshots, events, keys, group_memberships)
 
 
 @dataclass(frozen=True)
@@ -68,11 +51,11 @@ class Receipt:
     def canonical(self) -> str:
         """The fields but ``sha256`` and ``signature`` as JSON with sorted keys."""
         fields = {key: value for key, value in asdict(self).items() if key not in ("sha256", "signature")}
-        return json.dumps(fields | {"at": to_column(self.at)}, sort_keys=True, separators=(",", ":"))
+        return canonical(fields | {"at": to_column(self.at)})
 
     def sealed(self) -> "Receipt":
         """The receipt with its hash filled in."""
-        return replace(self, sha256=hashlib.sha256(self.canonical().encode()).hexdigest())
+        return replace(self, sha256=hashed(self.canonical()))
 
     def signed(self, folder: Path) -> "Receipt":
         """The receipt with its hash and the signature of the store in `folder` filled in."""
@@ -115,9 +98,7 @@ class Receipt:
         with store.reading() as connection:
             if self._rows_left(connection):
                 return False
-            named = set(
-                connection.execute(select(cubes.c.blob).where(cubes.c.blob.in_(self.blobs))).scalars()
-            )
+            named = named_blobs(connection, self.blobs)
             if any(store.vault.holds(blob) for blob in self.blobs if blob not in named):
                 return False
         return not any(
@@ -125,9 +106,8 @@ class Receipt:
         )
 
     def _rows_left(self, connection: Connection) -> bool:
-        columns: list[Any] = [cubes.c.id, sources.c.source_id, *(table.c.cube_id for table in _BY_CUBE)]
-        for start in range(0, len(self.cube_ids), CHUNK):
-            part = self.cube_ids[start : start + CHUNK]
+        columns: list[Any] = [cubes.c.id, sources.c.source_id, *(table.c.cube_id for table in BY_CUBE)]
+        for part in chunks(self.cube_ids):
             if any(connection.execute(select(c).where(c.in_(part)).limit(1)).first() for c in columns):
                 return True
         if not self.everything:
@@ -138,7 +118,7 @@ class Receipt:
             return bool(since <= to_column(self.at))
         return any(
             connection.execute(select(table.c.owner).where(table.c.owner == self.owner).limit(1)).first()
-            for table in _BY_OWNER
+            for table in (*BY_OWNER, events)
         )
 
 

@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, Table, bindparam, insert, or_, select, update
+from sqlalchemy import Connection, Table, bindparam, func, insert, or_, select, update
 
 from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError, RevisionConflictError
@@ -53,11 +54,29 @@ class PersonaRecord:
 
 
 _HEAD = select(personas.c.head).where(personas.c.owner == bindparam("of"))
+_MARK = select(personas.c.head, personas.c.stamp).where(personas.c.owner == bindparam("of"))
 
 
 def head(connection: Connection, owner: str) -> int:
     """The newest revision of an owner, 0 when there is none."""
     return connection.execute(_HEAD, {"of": owner}).scalar() or 0
+
+
+def mark(connection: Connection, owner: str) -> tuple[int, str]:
+    """The newest revision and the stamp of an owner's rows; 0 and "" when there is none."""
+    row = connection.execute(_MARK, {"of": owner}).first()
+    return (row.head, row.stamp) if row else (0, "")
+
+
+def records(connection: Connection, owner: str | None = None) -> list[PersonaRecord]:
+    """All personas, or that one if it is there, in the order of their ids."""
+    live = select(func.count()).where(
+        memberships.c.owner == personas.c.owner, memberships.c.to_revision.is_(None)
+    )
+    query = select(personas, live.scalar_subquery().label("live"))
+    found = connection.execute(query if owner is None else query.where(personas.c.owner == owner))
+    known = [PersonaRecord(p.owner, p.kind, p.head, p.live, schema.from_column(p.created_at)) for p in found]
+    return sorted(known, key=lambda persona: persona.id)  # a database's order is that of its language
 
 
 def resolve(connection: Connection, owner: str, revision: int | None) -> int:
@@ -69,7 +88,7 @@ def resolve(connection: Connection, owner: str, revision: int | None) -> int:
     newest = head(connection, owner)
     if revision is None:
         return newest
-    if isinstance(revision, bool) or not 0 <= revision <= newest:
+    if isinstance(revision, bool) or not isinstance(revision, int) or not 0 <= revision <= newest:
         raise NotFoundError(
             f"No revision {revision} belongs to {owner!r}.", hint=f"Its newest revision is {newest}."
         )
@@ -224,13 +243,13 @@ def restore(connection: Connection, owner: str, revision: int) -> int:
 
 def history(connection: Connection, owner: str, *, since: int = 0) -> list[Revision]:
     """The revisions after number `since`, oldest first."""
+    query = select(revisions).where(revisions.c.owner == owner, revisions.c.number > since)
+    found = connection.execute(query.order_by(revisions.c.number)).all()
+    rolled_back = any(row.restores is not None for row in found)
+    kept = _spans(connection, memberships, owner, since)
+    buried = _spans(connection, tombstones, owner, 0 if rolled_back else since)  # `gone` asks about all
     added: dict[int, list[str]] = defaultdict(list)
     retired: dict[int, list[str]] = defaultdict(list)
-    buried = connection.execute(select(tombstones).where(tombstones.c.owner == owner).order_by("seq")).all()
-    recent = or_(memberships.c.from_revision > since, memberships.c.to_revision > since)
-    kept = connection.execute(
-        select(memberships).where(memberships.c.owner == owner, recent).order_by("seq")
-    ).all()
     for row in (*kept, *buried):
         added[row.from_revision].append(row.cube_id)
         retired[row.to_revision].append(row.cube_id)
@@ -243,7 +262,6 @@ def history(connection: Connection, owner: str, *, since: int = 0) -> list[Revis
         return tuple(cube_id for cube_id in then if cube_id not in still)
 
     cipher = ciphers.reading(connection, owner)
-    query = select(revisions).where(revisions.c.owner == owner, revisions.c.number > since)
     return [
         Revision(
             owner=owner,
@@ -256,5 +274,11 @@ def history(connection: Connection, owner: str, *, since: int = 0) -> list[Revis
             restores=row.restores,
             gone=gone(row.number, row.restores),
         )
-        for row in connection.execute(query.order_by(revisions.c.number))
+        for row in found
     ]
+
+
+def _spans(connection: Connection, table: Table, owner: str, since: int) -> Sequence[Any]:
+    """The owner's rows of an interval table that begin or end after revision `since`."""
+    recent = or_(table.c.from_revision > since, table.c.to_revision > since)
+    return connection.execute(select(table).where(table.c.owner == owner, recent).order_by("seq")).all()

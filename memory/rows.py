@@ -52,6 +52,11 @@ _LOOKUP = select_cubes().where(
 _OWNED = select(cubes.c.id).where(
     cubes.c.owner == bindparam("of"), cubes.c.id.in_(bindparam("ids", expanding=True))
 )
+_LIVE = select(memberships.c.cube_id).where(
+    memberships.c.owner == bindparam("of"),
+    memberships.c.to_revision.is_(None),
+    memberships.c.cube_id.in_(bindparam("ids", expanding=True)),
+)
 _EMBEDDED = select(vectors.c.cube_id).where(
     vectors.c.owner == bindparam("of"),
     vectors.c.encoder == bindparam("by"),
@@ -90,13 +95,19 @@ def lookup(connection: Connection, owner: str, ids: Sequence[str]) -> dict[str, 
 
 def live_among(connection: Connection, owner: str, ids: Sequence[str]) -> set[str]:
     """Those of the owner's cubes among `ids` that are live now."""
-    query = select(memberships.c.cube_id).where(
-        memberships.c.owner == owner, memberships.c.to_revision.is_(None)
-    )
+    return _named_by(_LIVE, connection, owner, ids)
+
+
+def owned(connection: Connection, owner: str, ids: Sequence[str]) -> set[str]:
+    """Those of `ids` that are cubes of the owner, live or not."""
+    return _named_by(_OWNED, connection, owner, ids)
+
+
+def _named_by(query: Select[str], connection: Connection, owner: str, ids: Sequence[str]) -> set[str]:
     return {
         found
         for part in chunks(ids)
-        for found in connection.execute(query.where(memberships.c.cube_id.in_(part))).scalars()
+        for found in connection.execute(query, {"of": owner, "ids": part}).scalars()
     }
 
 
@@ -173,15 +184,14 @@ def insert_vectors(connection: Connection, owner: str, encoder: str, given: Mapp
         InvalidInputError: a vector is unusable or of another length than the encoder's others.
         NotFoundError: a cube is not the owner's.
     """
-    missing, present = set(given), set[str]()
-    for part in chunks(list(given)):
-        missing -= set(connection.execute(_OWNED, {"of": owner, "ids": part}).scalars())
-        asked = {"of": owner, "by": encoder, "ids": part}
-        present |= set(connection.execute(_EMBEDDED, asked).scalars())
-    if missing:
+    if missing := set(given) - owned(connection, owner, list(given)):
         raise NotFoundError(
             f"No cube {min(missing)!r:.60} belongs to {owner!r}.", hint="Nothing was written."
         )
+    present: set[str] = set()
+    for part in chunks(list(given)):
+        asked = {"of": owner, "by": encoder, "ids": part}
+        present |= set(connection.execute(_EMBEDDED, asked).scalars())
     return _write_vectors(connection, owner, encoder, given, present)
 
 

@@ -47,11 +47,26 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
 
+FORGOTTEN = "(forgotten)"  # the message of a revision whose own may have told of a forgotten cube
+
 metadata = MetaData()
 
 
 def _of_cube() -> ForeignKeyConstraint:
     return ForeignKeyConstraint(["owner", "cube_id"], ["cubes.owner", "cubes.id"], ondelete="CASCADE")
+
+
+def _owner_of_persona(primary_key: bool = False) -> Column[str]:
+    key = ForeignKey("personas.owner", ondelete="CASCADE")
+    return Column("owner", key, nullable=False, primary_key=primary_key)
+
+
+def _cube_key() -> tuple[Column[str], Column[str]]:
+    return Column("owner", String, primary_key=True), Column("cube_id", String, primary_key=True)
+
+
+def _interval() -> tuple[Column[int], Column[int]]:
+    return Column("from_revision", Integer, nullable=False), Column("to_revision", Integer)
 
 
 personas = Table(
@@ -68,7 +83,7 @@ personas = Table(
 revisions = Table(
     "revisions",
     metadata,
-    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), primary_key=True),
+    _owner_of_persona(primary_key=True),
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("message", Text, nullable=False),
     Column("created_at", String, nullable=False),
@@ -79,7 +94,7 @@ cubes = Table(
     "cubes",
     metadata,
     Column("seq", Integer, primary_key=True),
-    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), nullable=False),
+    _owner_of_persona(),
     Column("id", String, nullable=False),
     Column("kind", String, nullable=False),
     Column("text", Text),
@@ -94,6 +109,8 @@ cubes = Table(
     CheckConstraint("kind in ('plaintext', 'activation', 'parametric')", name="cube_kind"),
     Index("cubes_by_id", "id"),
     Index("cubes_by_blob", "blob"),
+    Index("cubes_by_slot", "owner", "slot"),
+    Index("cubes_by_expiry", "expires_at"),
 )
 
 memberships = Table(
@@ -102,20 +119,22 @@ memberships = Table(
     Column("seq", Integer, primary_key=True),
     Column("owner", String, nullable=False),
     Column("cube_id", String, nullable=False),
-    Column("from_revision", Integer, nullable=False),
-    Column("to_revision", Integer),
+    *_interval(),
     _of_cube(),
-    Index("memberships_of_owner", "owner", "cube_id"),
+    # The first two columns alone would do, but SQLite, which has no statistics, would then take one of the
+    # others to look up one cube: it prefers more conditions to better ones.
+    Index("memberships_of_owner", "owner", "cube_id", "from_revision"),
+    Index("memberships_by_start", "owner", "from_revision"),
+    Index("memberships_by_end", "owner", "to_revision", "cube_id"),
 )
 
 group_memberships = Table(
     "group_memberships",
     metadata,
     Column("seq", Integer, primary_key=True),
-    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), nullable=False),
+    _owner_of_persona(),
     Column("group_id", String, nullable=False),
-    Column("from_revision", Integer, nullable=False),
-    Column("to_revision", Integer),
+    *_interval(),
     Index("group_memberships_of_owner", "owner"),
     Index("group_memberships_by_group", "group_id"),
 )
@@ -123,8 +142,7 @@ group_memberships = Table(
 sources = Table(
     "sources",
     metadata,
-    Column("owner", String, primary_key=True),
-    Column("cube_id", String, primary_key=True),
+    *_cube_key(),
     Column("source_owner", String, primary_key=True),
     Column("source_id", String, primary_key=True),
     _of_cube(),
@@ -155,8 +173,7 @@ moves = Table(
 states = Table(
     "states",
     metadata,
-    Column("owner", String, primary_key=True),
-    Column("cube_id", String, primary_key=True),
+    *_cube_key(),
     Column("everybody", String, nullable=False, server_default="*"),
     Column("before", String, nullable=False),
     Column("state", String, nullable=False),
@@ -170,8 +187,7 @@ states = Table(
 uses = Table(
     "uses",
     metadata,
-    Column("owner", String, primary_key=True),
-    Column("cube_id", String, primary_key=True),
+    *_cube_key(),
     Column("hits", Integer, nullable=False),
     Column("strength", Float, nullable=False),
     Column("last_used", String, nullable=False),
@@ -181,8 +197,7 @@ uses = Table(
 grants = Table(
     "grants",
     metadata,
-    Column("owner", String, primary_key=True),
-    Column("cube_id", String, primary_key=True),
+    *_cube_key(),
     Column("principal", String, primary_key=True),
     Column("right", String, nullable=False),
     Column("at", String, nullable=False),
@@ -194,7 +209,7 @@ grants = Table(
 snapshots = Table(
     "snapshots",
     metadata,
-    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), primary_key=True),
+    _owner_of_persona(primary_key=True),
     Column("name", String, primary_key=True),
     Column("revision", Integer, nullable=False),
     Column("at", String, nullable=False),
@@ -240,7 +255,7 @@ tombstones = Table(
     "tombstones",
     metadata,
     Column("seq", Integer, primary_key=True),
-    Column("owner", ForeignKey("personas.owner", ondelete="CASCADE"), nullable=False),
+    _owner_of_persona(),
     Column("cube_id", String, nullable=False),
     Column("at", String, nullable=False),
     Column("from_revision", Integer, nullable=False),
@@ -257,6 +272,10 @@ erasures = Table(
     Column("at", String, nullable=False),
     Column("counts", Text, nullable=False),
 )
+
+# What is erased with a cube, and with its persona, after which its events may go.
+BY_CUBE = (memberships, sources, vectors, states, uses, grants, pending)
+BY_OWNER = (tombstones, group_memberships, snapshots, keys, revisions)
 
 
 class ByteLength(GenericFunction[int]):

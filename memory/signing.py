@@ -90,7 +90,7 @@ def require_key(folder: Path) -> None:
 
 def public_key(folder: Path) -> bytes | None:
     """The public key to hand to those who shall check this store's signatures; None with HMAC only."""
-    return bytes.fromhex(sign(folder, b"").public_key) or None
+    return _public(_secret(folder, ED25519)) if available() == ED25519 else None
 
 
 def standing(folder: Path | None, data: bytes, signature: Signature, trusted: Collection[bytes]) -> Standing:
@@ -196,8 +196,7 @@ def _make(target: Path) -> None:
     try:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(_KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        files.sync(partial)
         with suppress(FileExistsError):
             os.link(partial, target)
     finally:

@@ -12,17 +12,15 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Select, bindparam, or_, select
 
-from persona_sdk.errors import NotFoundError
 from persona_sdk.memory import cipher as ciphers
+from persona_sdk.memory import revisions
 from persona_sdk.memory.cipher import CLEAR
-from persona_sdk.memory.rows import CHUNK
-from persona_sdk.memory.schema import cubes, memberships, personas, vectors
+from persona_sdk.memory.rows import chunks
+from persona_sdk.memory.schema import cubes, memberships, vectors
 from persona_sdk.memory.slices import Slice
 from persona_sdk.memory.store import MemoryStore
 
 Key: TypeAlias = tuple[str, str, bool]  # owner, encoder, with what was retired
-
-_MARK = select(personas.c.head, personas.c.stamp).where(personas.c.owner == bindparam("of"))
 
 
 def _searchable(*columns: Any, history: bool) -> Select[Any]:
@@ -99,11 +97,9 @@ class SliceCache:
             NotFoundError: the owner has no such revision.
         """
         key, drops = (owner, encoder, history), self._drops
-        mark = connection.execute(_MARK, {"of": owner}).first()
-        head, stamp = (mark.head, mark.stamp) if mark else (0, "")
+        head, stamp = revisions.mark(connection, owner)
         if revision not in (None, head):
-            _require(owner, revision, head)
-            return _read(connection, key, stamp, revision)
+            return _read(connection, key, stamp, revisions.resolve(connection, owner, revision))
         with self._lock:
             found = self._slices.get(key)
             if found is not None and found.stamp == stamp:
@@ -129,13 +125,6 @@ class SliceCache:
                 self._bytes += fresh.bytes
             while self._bytes > self._max_bytes and len(self._slices) > 1:
                 self._bytes -= self._slices.popitem(last=False)[1].bytes
-
-
-def _require(owner: str, revision: object, head: int) -> None:
-    if isinstance(revision, bool) or not isinstance(revision, int) or not 0 <= revision <= head:
-        raise NotFoundError(
-            f"No revision {revision} belongs to {owner!r}.", hint=f"Its newest revision is {head}."
-        )
 
 
 def _read(connection: Connection, key: Key, stamp: str, revision: int | None) -> Slice:
@@ -173,8 +162,9 @@ def _follow(connection: Connection, key: Key, stamp: str, head: int, last: Slice
     new = [name for name in now if name not in known]
     if [last.ids[row] for row in stay] + new != now:  # a rollback brought back something older
         return _read(connection, key, stamp, head)
-    parts = [new[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
-    found = [row for part in parts for row in connection.execute(_SOME[history], {**scope, "ids": part})]
+    found = [
+        row for part in chunks(new) for row in connection.execute(_SOME[history], {**scope, "ids": part})
+    ]
     if [row.id for row in found] != new:
         return _read(connection, key, stamp, head)
     opened = _opened(connection, owner, encoder, found)

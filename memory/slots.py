@@ -24,9 +24,9 @@ from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import Connection, select
 
-from persona_sdk.memory import revisions, rows
+from persona_sdk.memory import rows
 from persona_sdk.memory.cube import TRUST_ORDER, CubeHeader, MemCube, Trust
-from persona_sdk.memory.schema import cubes, live_at, memberships
+from persona_sdk.memory.schema import cubes
 from persona_sdk.memory.statement import attribute_of, slug
 
 UNCONFIRMED = "unconfirmed"  # the tag
@@ -80,17 +80,14 @@ class Settled:
 
 def stated(connection: Connection, owner: str, slots: Sequence[str]) -> list[MemCube]:
     """The owner's live statements of these slots, oldest first."""
-    found: list[str] = []
-    now = revisions.head(connection, owner)
-    for start in range(0, len(slots), rows.CHUNK):
-        query = (
-            select(cubes.c.id).select_from(cubes.join(memberships)).where(live_at(memberships, owner, now))
-        )
-        wanted = cubes.c.slot.in_(slots[start : start + rows.CHUNK])
-        found += connection.execute(
-            query.where(cubes.c.owner == owner, wanted).order_by(cubes.c.seq)
-        ).scalars()
-    return list(rows.lookup(connection, owner, found).values())
+    query = select(cubes.c.id).where(cubes.c.owner == owner).order_by(cubes.c.seq)
+    found = [
+        cube_id
+        for part in rows.chunks(slots)
+        for cube_id in connection.execute(query.where(cubes.c.slot.in_(part))).scalars()
+    ]
+    live = rows.live_among(connection, owner, found)
+    return list(rows.lookup(connection, owner, [i for i in found if i in live]).values())
 
 
 def may_change(held: Held, trust: Trust) -> bool:

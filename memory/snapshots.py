@@ -19,7 +19,7 @@ from persona_sdk.config import validate_id
 from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.memory import events, revisions
 from persona_sdk.memory.core import StoreCore
-from persona_sdk.memory.cube import MemCube, utc_now
+from persona_sdk.memory.cube import MemCube, aware, hashed, utc_now
 from persona_sdk.memory.reader import StoreReader
 from persona_sdk.memory.schema import from_column, snapshots, to_column
 from persona_sdk.memory.schema import revisions as revision_rows
@@ -64,7 +64,7 @@ class MemoryView:
 
     def cubes(self, kind: str | None = None, *, valid_at: datetime | None = None) -> list[MemCube]:
         """The cubes that were live, oldest first; those whose statement holds at `valid_at`, if given."""
-        moment = None if valid_at is None else _aware(valid_at)
+        moment = None if valid_at is None else aware(valid_at)
         found = self._store.cubes(self.owner, revision=self.revision, kind=kind)
         return [cube for cube in found if moment is None or cube.header.valid(moment)]
 
@@ -93,7 +93,7 @@ def snapshot(store: StoreCore, owner: str, name: str) -> Snapshot:
         found = Snapshot(owner, name, number, utc_now())
         values = {"owner": owner, "name": name, "revision": number, "at": to_column(found.at)}
         connection.execute(insert(snapshots).values(**values))
-        events.append(connection, owner, "snapshot", {"snapshots": {events.hashed(name): number}})
+        events.append(connection, owner, "snapshot", {"snapshots": {hashed(name): number}})
         return found
 
 
@@ -112,7 +112,7 @@ def resolve(connection: Connection, owner: str, when: When) -> int:
         NotFoundError: the owner has no such revision or snapshot.
     """
     if isinstance(when, datetime):
-        table, moment = revision_rows, to_column(_aware(when))
+        table, moment = revision_rows, to_column(aware(when))
         query = select(func.max(table.c.number)).where(table.c.owner == owner, table.c.created_at <= moment)
         return connection.execute(query).scalar() or 0
     if isinstance(when, str):
@@ -135,9 +135,3 @@ def as_of(store: StoreReader, owner: str, when: When) -> MemoryView:
 def _named(connection: Connection, owner: str, name: str) -> int | None:
     query = select(snapshots.c.revision).where(snapshots.c.owner == owner, snapshots.c.name == name)
     return connection.execute(query).scalar()
-
-
-def _aware(moment: datetime) -> datetime:
-    if moment.tzinfo is None:
-        raise InvalidInputError("The time has no time zone.", hint="Give one, as datetime.now(UTC).")
-    return moment

@@ -33,6 +33,7 @@ from persona_sdk.memory import (
     transitions,
 )
 from persona_sdk.memory.archive_format import ArchiveSummary
+from persona_sdk.memory.archive_reader import Contents
 from persona_sdk.memory.audit import Fault
 from persona_sdk.memory.cube import CubeDraft, State, check_vector, clean_text
 from persona_sdk.memory.database import Database, translated
@@ -149,10 +150,10 @@ class MemoryStore(StoreReader):
             ids = commits.add_cubes(self, connection, owner, drafts, blobs, number, new)
             if groups is not None:
                 revisions.set_groups(connection, owner, groups, number)
-            events.append(connection, owner, "commit", events.membership(groups))
+            revision = commits.recorded(connection, owner, number, "commit", events.membership(groups))
             if also is not None:
                 also(connection, ids)
-            return revisions.history(connection, owner, since=number - 1)[0]
+            return revision
 
     def rollback(self, owner: str, to: int | str) -> Revision:
         """Append a revision with the cubes and groups of an older one; ``gone`` tells what was forgotten.
@@ -300,6 +301,7 @@ class MemoryStore(StoreReader):
         keep_groups: bool = False,
         trusted_keys: Collection[bytes] = (),
         passphrase: str | None = None,
+        admit: Callable[[Contents], None] | None = None,
     ) -> str:
         """Take in a ``.memcube`` file as a new persona and return its id.
 
@@ -311,6 +313,8 @@ class MemoryStore(StoreReader):
             trusted_keys: Ed25519 public keys (`public_key`) of stores whose archives are believed as this
                 store's own are; what others sign is taken in with less trust.
             passphrase: that of the archive, if it has one.
+            admit: for modules of this package: looks at the archive that was opened, and raises what it has
+                against it.
 
         Raises:
             ArchiveError: it is damaged or unsafe, its signature or the passphrase is wrong, or the persona
@@ -323,6 +327,7 @@ class MemoryStore(StoreReader):
             keep_groups=keep_groups,
             trusted_keys=trusted_keys,
             passphrase=passphrase,
+            admit=admit,
         )
 
     def public_key(self) -> bytes | None:

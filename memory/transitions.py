@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from persona_sdk.errors import FrozenError, InvalidInputError, LifecycleError, NotFoundError
 from persona_sdk.memory import commits, events, lifecycle, revisions, rows
 from persona_sdk.memory.core import StoreCore
-from persona_sdk.memory.cube import TRUST_ORDER, CubeDraft, Source, State, clean_text
+from persona_sdk.memory.cube import SENSITIVITY_ORDER, TRUST_ORDER, CubeDraft, Source, State, clean_text
 from persona_sdk.memory.revisions import Revision
 from persona_sdk.memory.vault import encode
 
@@ -37,11 +37,10 @@ def archive(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "
     with store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         number = revisions.advance(connection, owner, message="archive")
-        live = set(revisions.live_ids(connection, owner, number))
-        for cube_id in wanted:
-            lifecycle.move(connection, owner, cube_id, "archived", reason=reason)
+        live = rows.live_among(connection, owner, wanted)
+        moved = lifecycle.move_each(connection, owner, wanted, "archived", reason=reason)
         revisions.close_cubes(connection, owner, [i for i in wanted if i in live], number)
-        return _recorded(connection, owner, number, "archive", dict.fromkeys(wanted, "archived"))
+        return commits.recorded(connection, owner, number, "archive", {"states": moved})
 
 
 def activate(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = "") -> Revision:
@@ -55,10 +54,10 @@ def activate(store: StoreCore, owner: str, ids: Sequence[str], *, reason: str = 
     with store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         number = revisions.advance(connection, owner, message="activate")
-        live = set(revisions.live_ids(connection, owner, number))
+        live = rows.live_among(connection, owner, wanted)
         moved = lifecycle.move_all(connection, owner, wanted, "activated", reason=reason)
         revisions.open_cubes(connection, owner, [i for i in wanted if i not in live], number)
-        return _recorded(connection, owner, number, "activate", moved)
+        return commits.recorded(connection, owner, number, "activate", {"states": moved})
 
 
 def merge(
@@ -78,8 +77,7 @@ def merge(
     with store.blobs_written([blob] if blob else []) as new, store.writing(owner) as connection:
         lifecycle.require_unfrozen(connection, owner, wanted)
         parents = rows.lookup(connection, owner, wanted)
-        for cube_id in wanted:
-            lifecycle.move(connection, owner, cube_id, "merged", reason=reason)
+        moved = lifecycle.move_each(connection, owner, wanted, "merged", reason=reason)
         number = revisions.advance(connection, owner, message="merge")
         revisions.close_cubes(connection, owner, wanted, number)
         headers = [draft.header, *(cube.header for cube in parents.values())]
@@ -89,12 +87,12 @@ def merge(
                 "parents": tuple(dict.fromkeys((*draft.header.parents, *wanted))),
                 "sources": tuple(dict.fromkeys(links)),
                 "trust": max((h.trust for h in headers), key=TRUST_ORDER.index),
-                "sensitivity": max((h.sensitivity for h in headers), key=_SENSITIVITY.index),
+                "sensitivity": max((h.sensitivity for h in headers), key=SENSITIVITY_ORDER.index),
             }
         )
         made = [replace(draft, header=header)]
         commits.add_cubes(store, connection, owner, made, [blob], number, new)
-        return _recorded(connection, owner, number, "merge", dict.fromkeys(wanted, "merged"))
+        return commits.recorded(connection, owner, number, "merge", {"states": moved})
 
 
 def restore(connection: Connection, owner: str, revision: int) -> Revision:
@@ -108,14 +106,8 @@ def restore(connection: Connection, owner: str, revision: int) -> Revision:
     number = revisions.restore(connection, owner, revision)
     after = set(revisions.live_ids(connection, owner, number))
     lifecycle.require_unfrozen(connection, owner, sorted(before ^ after))
-    opened = sorted(after - before)
-    asleep = [
-        cube_id
-        for cube_id, now in lifecycle.standings(connection, owner, opened).items()
-        if now.state in lifecycle.DORMANT
-    ]
-    moved = lifecycle.move_all(connection, owner, asleep, "activated", reason="rollback")
-    return _recorded(connection, owner, number, "rollback", moved)
+    moved = lifecycle.wake(connection, owner, sorted(after - before), reason="rollback")
+    return commits.recorded(connection, owner, number, "rollback", {"states": moved})
 
 
 def freeze(
@@ -163,17 +155,7 @@ def unfreeze(store: StoreCore, owner: str, cube_id: str, reason: str, *, may_rel
         return now.before
 
 
-_SENSITIVITY = ("normal", "personal", "special")
-
-
 def _some(ids: Sequence[str]) -> list[str]:
     if isinstance(ids, str) or not ids:
         raise InvalidInputError("No list of cubes was given.", hint="Expected at least one id, in a list.")
     return list(dict.fromkeys(ids))
-
-
-def _recorded(
-    connection: Connection, owner: str, number: int, kind: str, moved: dict[str, State]
-) -> Revision:
-    events.append(connection, owner, kind, {"states": moved})
-    return revisions.history(connection, owner, since=number - 1)[0]

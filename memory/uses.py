@@ -22,8 +22,7 @@ from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.memory import events, lifecycle, rows
 from persona_sdk.memory.core import StoreCore
 from persona_sdk.memory.cube import MemCube
-from persona_sdk.memory.lifecycle import chunks
-from persona_sdk.memory.rows import FIRST
+from persona_sdk.memory.rows import FIRST, chunks
 from persona_sdk.memory.schema import from_column, to_column, uses
 
 HALF_LIFE_DAYS = 30.0

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from persona_sdk.adapter_cache import PlanTensors
 from persona_sdk.adapters import Adapter, AdapterRequest
 from persona_sdk.adapters.base import State
-from persona_sdk.compose import is_pinned
 from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import AdapterLibrary, Attachment, Loaded, Unused
 from persona_sdk.memory import MemoryStore
@@ -202,5 +201,5 @@ def _memories(store: MemoryStore, revisions: Mapping[str, int]) -> tuple[tuple[s
         for cube in store.cubes(owner, revision=revision, kind="plaintext")
         if not cube.header.expired(now)
     }
-    pinned = tuple(name for name, header in headers.items() if is_pinned(header))
+    pinned = tuple(name for name, header in headers.items() if header.pinned)
     return pinned, len(headers) - len(pinned)

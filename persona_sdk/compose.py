@@ -24,7 +24,7 @@ from persona_sdk.adapters import AdapterRequest
 from persona_sdk.config import GenerationOptions
 from persona_sdk.errors import PromptTooLongError
 from persona_sdk.library import AdapterLibrary, Unused
-from persona_sdk.memory import CubeHeader, MemCube, MemoryStore, Passage
+from persona_sdk.memory import MemCube, MemoryStore, Passage
 from persona_sdk.memory.cube import utc_now
 from persona_sdk.memory.facts import DOUBTFUL, PROMOTION
 from persona_sdk.memory.turns import TURN
@@ -44,11 +44,6 @@ PINNED = {"pinned": True}
 _OWNERS_IN_RAM = 1024
 
 _log = logging.getLogger("persona_sdk.compose")
-
-
-def is_pinned(header: CubeHeader) -> bool:
-    """Whether a memory is in every prompt of its owner."""
-    return header.attributes.get("pinned") is True
 
 
 def fit_for_prompts(passages: Sequence[Passage], conversation: Sequence[str]) -> tuple[Passage, ...]:
@@ -311,8 +306,8 @@ class PinnedMemories:
                 return self._kept[owner][1]
         texts = self._store.cubes(owner, revision=revision, kind="plaintext")
         promoted = promoted_ids(self._store.cubes(owner, revision=revision, kind="activation"))
-        pinned = [cube for cube in texts if is_pinned(cube.header)]
-        pinned += [cube for cube in texts if cube.id in promoted and not is_pinned(cube.header)]
+        pinned = [cube for cube in texts if cube.header.pinned]
+        pinned += [cube for cube in texts if cube.id in promoted and not cube.header.pinned]
         passages = tuple(
             Passage(cube.id, cube.owner, cube.text, 1.0, cube.header.created_at, cube.header)
             for cube in pinned

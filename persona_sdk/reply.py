@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from persona_sdk.compose import is_pinned
 from persona_sdk.engine import Completion, Generation, Steer
 from persona_sdk.memory import Passage
 from persona_sdk.plan import CompositionPlan, DecodingRule, KVPrefix, LowRankPatch, SoftPrefix
@@ -211,7 +210,7 @@ class Explanation:
             elif isinstance(part, DecodingRule):
                 rows.append(("decoding rule", f"{part.origin}  {len(part.bias)} tokens"))
         for passage in reply.citations:
-            pinned = is_pinned(passage.header)
+            pinned = passage.header.pinned
             score = "" if pinned else f"{passage.score:.2f}  "
             rows.append(("pinned" if pinned else "memory", f"{score}{passage.owner}: {passage.text}"))
         rows += [
