@@ -2,6 +2,7 @@
 
     family   what it learns                                          reduces to
     lora     a low-rank update of the base's linear maps             LowRankPatch
+    panacea  one low-rank update for every preference vector         LowRankPatch, gated by the vector
 
 Families are found by name through `persona_sdk.registry`, other packages' as well as these.
 """
@@ -21,6 +22,7 @@ from persona_sdk.adapters.base import (
     Update,
 )
 from persona_sdk.adapters.lora import LoRA, LoRAConfig
+from persona_sdk.adapters.panacea import Panacea, PanaceaConfig
 
 __all__ = [
     "Adapter",
@@ -29,6 +31,8 @@ __all__ = [
     "LearnsOnline",
     "LoRA",
     "LoRAConfig",
+    "Panacea",
+    "PanaceaConfig",
     "State",
     "Steerable",
     "Update",

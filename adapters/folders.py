@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from persona_sdk import files
+from persona_sdk.config import ConfigT, FrozenConfig
 from persona_sdk.errors import AdapterError, IncompatibleAdapterError, InvalidInputError, NotFoundError
 from persona_sdk.tensors import TensorBundle, digest, freeze
 
@@ -107,6 +108,44 @@ def read_tensors(path: Path) -> tuple[TensorBundle, dict[str, str]]:
     for name, tensor in tensors.items():
         require_finite(name, tensor)
     return freeze(tensors), header
+
+
+def write_adapter(
+    folder: str | Path, tensors: TensorBundle, *, family: str, base: str, config: FrozenConfig, card: str
+) -> Path:
+    """Write the folder of a family with a format of its own: one safetensors file and a card."""
+    own = {FAMILY: family, BASE: base, CONFIG: config.model_dump_json(), DIGEST: digest(tensors)}
+    with replace_folder(folder) as fresh:
+        write_tensors(fresh / TENSOR_FILE, tensors, own)
+        (fresh / CARD_FILE).write_text(card, "utf-8")
+    return Path(folder)
+
+
+def read_adapter(
+    folder: str | Path, family: str, config_type: type[ConfigT]
+) -> tuple[TensorBundle, str, ConfigT]:
+    """Tensors, base fingerprint and configuration of a folder that `write_adapter` wrote.
+
+    Raises:
+        NotFoundError: there is no such folder.
+        IncompatibleAdapterError: damaged, or of another family.
+    """
+    path = existing_folder(folder)
+    tensors, header = read_tensors(path / TENSOR_FILE)
+    if header.get(FAMILY) != family or not header.keys() >= {BASE, CONFIG, DIGEST}:
+        raise IncompatibleAdapterError(
+            f"{path.name} holds an adapter of family {header.get(FAMILY, 'unknown')!r}, not {family!r}.",
+            hint="Load it with persona_sdk.registry.family(name).from_pretrained.",
+        )
+    check_digest(tensors, header, path.name)
+    try:
+        config = config_type.model_validate_json(header[CONFIG])
+    except ValueError as error:
+        raise IncompatibleAdapterError(
+            f"The configuration in {path.name} is damaged: {error}.",
+            hint="Copy the adapter again from where it came.",
+        ) from error
+    return tensors, header[BASE], config
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

@@ -1,0 +1,318 @@
+"""Panacea: one adapter that serves every preference vector over named dimensions.
+
+    W(λ) = W0 + c · U diag([σ, s∘λ]) Vᵀ                          `persona_sdk.adapters.svd_lora`
+
+| paper | field                   | shape                                                       |
+|-------|-------------------------|-------------------------------------------------------------|
+| m     | ``dimensions``          | names, in order                                             |
+| k     | ``rank``                | integer                                                     |
+| p     | ``preference_rank``     | integer; 1 in the paper                                     |
+| c     | ``multiplier``          | ``alpha / rank``                                            |
+| s     | ``scale_per_dimension`` | one a matrix, as in the paper, or one a dimension           |
+| λ     | state["preference"]     | weights by name; request state, in no tensor and no file    |
+
+λ is the gate of the plan part, so one copy of the weights serves a batch with a λ of its own in every row,
+and λ may change in the middle of a reply. ``weight=0`` is the base model; λ = 0 would not be, as σ stays on.
+
+Source: Zhong et al. 2024, Panacea: Pareto Alignment via Preference Adaptation for LLMs, arXiv 2402.02030.
+The width-free initialisation, p > 1, a scale per dimension and the sampled objective are ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from pydantic import Field, model_validator
+
+from persona_sdk.adapters import folders, lowrank, peft_format, svd_lora
+from persona_sdk.adapters.aggregation import Aggregation
+from persona_sdk.adapters.base import Adapter, AdapterRequest, State, language_model
+from persona_sdk.adapters.lora import select_modules
+from persona_sdk.adapters.preferences import complete
+from persona_sdk.adapters.preference_data import Reward
+from persona_sdk.adapters.training import TrainingOptions, TrainingReport
+from persona_sdk.errors import InvalidInputError
+from persona_sdk.models import LanguageModel
+from persona_sdk.plan import Contribution, LowRankPatch
+from persona_sdk.tensors import TensorBundle, digest, freeze
+
+PREFERENCE = "preference"
+
+
+class PanaceaConfig(TrainingOptions):
+    """The shape of the adapter and how it is trained."""
+
+    dimensions: tuple[str, ...] = Field(min_length=2, description="names of the preference dimensions")
+    rank: int = Field(8, ge=1, description="directions that are the same for every preference")
+    preference_rank: int = Field(1, ge=1, description="directions of each dimension")
+    scale_per_dimension: bool = False
+    init: Literal["orthonormal", "normal"] = "orthonormal"
+    alpha: float | None = Field(
+        None, gt=0, description="None: 512 for init='normal', as ports of the paper; 16 * rank otherwise"
+    )
+    target_modules: Literal["all"] | tuple[str, ...] = Field(
+        "all", description="ends of module paths, such as 'q_proj'; or every linear map"
+    )
+    orthogonality_weight: float = Field(0.0, ge=0, description="of AdaLoRA's penalty on U and V")
+    train_scale: bool = Field(True, description="false keeps s at 0: the control without any preference")
+
+    objective: Literal["sft", "dpo", "reward"] = "sft"
+    aggregation: Aggregation = "linear"
+    ideal: tuple[float, ...] | None = Field(None, description="z of Tchebycheff; None is 0")
+    smoothing: float = Field(0.1, gt=0, description="of smooth_tchebycheff")
+    preference_sampling: Literal["batch", "example"] = Field(
+        "batch", description="one λ for a whole optimizer step, as in the paper, or one for every example"
+    )
+    sampled_objective: bool = Field(
+        False, description="one objective i ~ λ an example instead of all m; for the linear aggregation"
+    )
+    concentration: float = Field(1.0, gt=0, description="of the Dirichlet distribution of λ")
+    vertex_probability: float = Field(0.2, ge=0, le=1, description="that λ is a vertex instead")
+
+    beta: float = Field(0.1, gt=0, description="of DPO")
+    kl: float = Field(0.05, ge=0, description="weight of the divergence from the base; objective='reward'")
+    samples_per_prompt: int = Field(4, ge=2, description="replies an advantage is taken over; 'reward'")
+    max_new_tokens: int = Field(24, ge=1, description="of a sampled reply; 'reward'")
+    temperature: float = Field(1.0, gt=0, description="of a sampled reply; 'reward'")
+
+    base_model_name_or_path: str = Field("", description="filled in by train; written into PEFT folders")
+    fan_in_fan_out: bool = Field(False, description="filled in by train; for PEFT: the base uses Conv1D")
+
+    learning_rate: float = Field(2e-3, gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names = self.dimensions
+        if len(set(names)) < len(names) or not all(map(str.isidentifier, names)):
+            raise ValueError(f"dimensions {names} must be different names such as 'concise'")
+        if self.objective == "reward" and self.aggregation != "linear":
+            raise ValueError(
+                "rewards have no known ideal point: objective='reward' needs aggregation='linear'"
+            )
+        if self.sampled_objective and (self.aggregation != "linear" or self.objective == "reward"):
+            raise ValueError(
+                "sampled_objective is unbiased for 'sft' and 'dpo' with aggregation='linear' only"
+            )
+        if self.ideal is not None and len(self.ideal) != len(names):
+            raise ValueError(f"ideal has {len(self.ideal)} numbers for {len(names)} dimensions")
+        return self
+
+    @property
+    def multiplier(self) -> float:
+        """``c = alpha / rank``."""
+        default = 512.0 if self.init == "normal" else 16.0 * self.rank
+        return (default if self.alpha is None else self.alpha) / self.rank
+
+    @property
+    def shape(self) -> svd_lora.Shape:
+        """Sizes of the factors."""
+        return svd_lora.Shape(
+            rank=self.rank,
+            dimensions=len(self.dimensions),
+            preference_rank=self.preference_rank,
+            scale_per_dimension=self.scale_per_dimension,
+            multiplier=self.multiplier,
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Panacea(Adapter):
+    """An adapter that follows a preference vector.
+
+    Args:
+        base: fingerprint of the base model.
+        config: how it was made.
+        tensors: U, V, sigma and s of every module, float32.
+        report: what training did; None unless this object was just trained.
+
+    Raises:
+        IncompatibleAdapterError: tensors of another shape, or NaN in them.
+    """
+
+    family: ClassVar[str] = "panacea"
+    config_type: ClassVar[type[PanaceaConfig]] = PanaceaConfig
+
+    config: PanaceaConfig
+    report: TrainingReport | None = None
+
+    def __post_init__(self) -> None:
+        svd_lora.check(self.tensors, self.config.shape)
+        for name, tensor in self.tensors.items():
+            folders.require_finite(name, tensor)
+
+    @classmethod
+    def train(
+        cls,
+        model: Any,
+        data: Any,
+        config: Any = None,
+        *,
+        rewards: Mapping[str, Reward] | None = None,
+        held_out: Any = None,
+        checkpoints: Any = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Train on data of every dimension (`persona_sdk.adapters.preference_data`).
+
+        Args:
+            model: a `LanguageModel`, or anything with one as ``.base``; unchanged afterwards.
+            data: rows by dimension; for ``objective="reward"`` a list of prompts.
+            config: a `PanaceaConfig` or a mapping of its options.
+            rewards: by dimension, for ``objective="reward"``: ``(prompt, reply) -> number``.
+            held_out: data of the same form; training stops early on its hypervolume.
+            checkpoints: where to keep the state of the run; it goes on from there.
+            progress: show a bar on stderr; None shows it on a terminal.
+
+        Raises:
+            InvalidInputError: unusable data, options or target modules.
+            AdapterError: training diverged; no adapter is made.
+        """
+        from persona_sdk.adapters.preference_training import train
+
+        base, options = language_model(model), cls.configure(config)
+        tensors, report = train(
+            base,
+            data,
+            options,
+            start=initial_tensors(base, options)[0],
+            rewards=rewards,
+            held_out=held_out,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
+        return cls(base=base.fingerprint, config=bound(options, base), tensors=tensors, report=report)
+
+    @classmethod
+    def random(cls, model: Any, config: Any, *, std: float = 0.02) -> Self:
+        """An untrained adapter with normal σ and s; ``std=0`` changes nothing. For tests and baselines."""
+        base, options = language_model(model), cls.configure(config)
+        tensors, generator = initial_tensors(base, options)
+        noise = {
+            name: std * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in sorted(tensors.items())
+            if name.endswith((".sigma", ".s"))
+        }
+        return cls(base=base.fingerprint, config=bound(options, base), tensors=freeze({**tensors, **noise}))
+
+    @cached_property
+    def factors(self) -> TensorBundle:
+        """The low-rank bundle that is served: everything but λ is folded into it."""
+        return svd_lora.fold(self.tensors, self.config.shape)
+
+    @cached_property
+    def factors_digest(self) -> str:
+        """Content hash of `factors`."""
+        return digest(self.factors)
+
+    def preference(self, state: State) -> tuple[float, ...]:
+        """λ of a state; without one, the centre of the simplex.
+
+        Raises:
+            InvalidInputError: an unknown key or name, or a weight that cannot be used.
+        """
+        strangers = sorted(map(str, set(state) - {PREFERENCE}))
+        given = state.get(PREFERENCE, {})
+        if strangers or not isinstance(given, Mapping):
+            raise InvalidInputError(
+                f"The state {dict(state)!r:.80} does not fit a Panacea adapter.",
+                hint=f'Expected {{"{PREFERENCE}": {{name: weight}}}} with {", ".join(self.config.dimensions)}.',
+            )
+        return complete(self.config.dimensions, given)
+
+    def controls(self, state: State) -> dict[str, float]:
+        """The preference by name; see `Steerable`."""
+        return dict(zip(self.config.dimensions, self.preference(state), strict=True))
+
+    def steered(self, state: State, controls: Mapping[str, float]) -> State:
+        """The state after some weights were named; the others share what is left of 1."""
+        after = complete(self.config.dimensions, controls, self.preference(state))
+        return {**state, PREFERENCE: dict(zip(self.config.dimensions, after, strict=True))}
+
+    def contribute(self, state: State, request: AdapterRequest) -> Contribution:
+        """One low-rank patch whose gate is λ, or nothing where the strength is zero."""
+        preference = self.preference(state)
+        if request.weight == 0:
+            return Contribution()
+        shape = self.config.shape
+        gate = svd_lora.gate(preference, shape, request.weight)
+        patch = LowRankPatch(factors=self.factors_digest, rank=shape.total, gate=gate, origin=request.origin)
+        return Contribution(parts=(patch,), tensors={self.factors_digest: self.factors})
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a folder of one safetensors file and a card; λ is in neither.
+
+        Raises:
+            InvalidInputError: the folder holds something that is not an adapter.
+            AdapterError: the disk refused; nothing was changed.
+        """
+        return folders.write_adapter(
+            folder, self.tensors, family=self.family, base=self.base, config=self.config, card=self._card()
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, base: Any = None) -> Self:
+        """Read a folder that `save_pretrained` wrote.
+
+        Raises:
+            NotFoundError: there is no such folder.
+            IncompatibleAdapterError: damaged, of another family, or made for another base model.
+        """
+        tensors, fingerprint, config = folders.read_adapter(folder, cls.family, cls.config_type)
+        adapter = cls(base=fingerprint, config=config, tensors=tensors)
+        if base is not None:
+            adapter.check_base(language_model(base).fingerprint, name=Path(folder).name)
+        return adapter
+
+    def export_peft(self, folder: str | Path, *, preference: Mapping[str, float] | None = None) -> Path:
+        """Write the adapter at one preference as a PEFT LoRA folder; None is the centre.
+
+        Raises:
+            InvalidInputError: a preference that cannot be used.
+        """
+        state = {} if preference is None else {PREFERENCE: preference}
+        gate = svd_lora.gate(self.preference(state), self.config.shape)
+        merged = lowrank.concatenate([(self.factors, gate)])
+        return peft_format.write(
+            folder,
+            merged,
+            base=self.base,
+            base_name=self.config.base_model_name_or_path,
+            target_modules=peft_format.short_names(lowrank.modules_of(merged)),
+            fan_in_fan_out=self.config.fan_in_fan_out,
+        )
+
+    def _card(self) -> str:
+        config = self.config
+        return (
+            f"---\nlibrary_name: persona-sdk\nbase_model: {config.base_model_name_or_path or 'unknown'}\n---\n"
+            f"# Panacea adapter\n\n| | |\n|---|---|\n| dimensions | {', '.join(config.dimensions)} |\n"
+            f"| base fingerprint | `{self.base}` |\n| rank | {config.rank} shared, {config.preference_rank} a "
+            f"dimension |\n| objective | {config.objective}, {config.aggregation} |\n"
+            f"| sha256 of the tensors | `{self.digest}` |\n"
+        )
+
+
+def initial_tensors(base: LanguageModel, options: PanaceaConfig) -> tuple[TensorBundle, torch.Generator]:
+    """U, V, σ and s before training, and the generator that drew them."""
+    generator, shapes = torch.Generator().manual_seed(options.seed), base.linear_shapes()
+    tensors: dict[str, torch.Tensor] = {}
+    for module in select_modules(base, options.target_modules):
+        sides = svd_lora.initial(*shapes[module], options.shape, generator, options.init)
+        tensors |= {f"{module}.{side}": value for side, value in zip(svd_lora.SIDES, sides, strict=True)}
+    return freeze(tensors), generator
+
+
+def bound(options: PanaceaConfig, base: LanguageModel) -> PanaceaConfig:
+    """The configuration with what a PEFT folder must say about the base."""
+    modules = select_modules(base, options.target_modules)
+    return options.model_copy(
+        update={
+            "base_model_name_or_path": base.name,
+            "fan_in_fan_out": peft_format.is_transposed(base, modules),
+        }
+    )
