@@ -220,7 +220,8 @@ class Panacea(Adapter):
         if strangers or not isinstance(given, Mapping):
             raise InvalidInputError(
                 f"The state {dict(state)!r:.80} does not fit a Panacea adapter.",
-                hint=f'Expected {{"{PREFERENCE}": {{name: weight}}}}; names: {", ".join(self.config.dimensions)}.',
+                hint=f'Expected {{"{PREFERENCE}": {{name: weight}}}} with '
+                f"{', '.join(self.config.dimensions)}.",
             )
         return complete(self.config.dimensions, given)
 

@@ -9,8 +9,8 @@
 | ξ      | ``Measured.values``      | [n, m]                           |
 | base   | ``Measured.base``        | [m], of the model without it     |
 
-J is the log-likelihood of a reply in nats for SFT and DPO's J for pairs; higher is better. Nothing is sampled,
-so a difference between two points is one of the model, up to the choice of examples.
+J is the log-likelihood of a reply in nats for SFT and DPO's J for pairs; higher is better. Nothing is
+sampled, so a difference between two points is one of the model, up to the choice of examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -96,4 +96,4 @@ def objectives(
     values = objective_of(
         log_likelihoods(model, layers, rows, preference), torch.tensor(reference), sides, beta
     )
-    return list(values.split([len(found) for found in examples.values()]))
+    return list(torch.split(values, [len(found) for found in examples.values()]))
