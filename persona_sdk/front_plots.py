@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_sdk.adapters.fronts import Front, non_dominated
+from persona_sdk.adapters.dominance import non_dominated_points
+from persona_sdk.adapters.fronts import Front
 from persona_sdk.errors import AdapterError, InvalidInputError
 
 _METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -88,10 +89,8 @@ def _curves(fronts: Mapping[str, Front], reference: Tensor | None) -> Any:
 
 def _envelope(axis: Any, values: Float[Tensor, "n 2"]) -> None:
     """The border of what all points together dominate, as steps."""
-    best = values[non_dominated(values)].unique(
-        dim=0
-    )  # sorted by the first objective, so falling in the second
-    x, y = best.T.tolist()
+    # sorted by the first objective, so falling in the second
+    x, y = non_dominated_points(values).T.tolist()
     axis.step(x, y, where="pre", color="#555555", linewidth=1, linestyle=":", label="non-dominated envelope")
 
 
@@ -118,7 +117,7 @@ def _triangles(fronts: Mapping[str, Front], reference: Tensor | None) -> Any:
         low, high = _scale(fronts, column)
         for axis, (method, front) in zip(grid[:, column], fronts.items(), strict=True):
             shade = _triangle(axis, front, column, low, high)
-            axis.set_title(f"{_plain(method)}: {_plain(name)}", fontsize=10, pad=14)
+            axis.set_title(f"{_plain(method)}: {_plain(name)}", fontsize=10)
         where: dict[str, Any] = {"orientation": "horizontal", "shrink": 0.75, "aspect": 30, "pad": 0.04}
         bar = figure.colorbar(shade, ax=list(grid[:, column]), **where)
         known = "" if reference is None else f", reference {_number(float(reference[column]), high - low)}"
@@ -150,7 +149,7 @@ def _triangle(axis: Any, front: Front, column: int, low: float, high: float) -> 
         axis.annotate(_plain(front.names[index]) + value, corners[index].tolist(), (dx, dy), **text)
     axis.set_aspect("equal")
     axis.set_axis_off()
-    axis.margins(0.12)
+    axis.set(xlim=(-0.08, 1.08), ylim=(-0.17, 1.06))  # the labels are within, where the layout sees them
     return dots
 
 
@@ -187,7 +186,7 @@ def _tables(fronts: Mapping[str, Front], reference: Tensor | None) -> Any:
         axis.set_xticks(range(m), below, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
         axis.set_yticks(range(m + 1), labels, fontsize=8.5)
         axis.set_xlabel("objective" if reference is None else "objective (reference)")
-        axis.set_ylabel("all weight of λ on")
+        axis.set_ylabel("preference vector λ")
         axis.set_title(_plain(method), fontsize=10)
         axis.axhline(m - 0.5, color="white", linewidth=2)
     bar = figure.colorbar(shade, ax=axes, ticks=[0, 1], aspect=30, fraction=0.03, pad=0.015)
@@ -203,10 +202,10 @@ def _landmarks(front: Front) -> tuple[list[int], list[str]]:
         weights = front.preferences[:, column]
         rows.append(int(weights.argmax()))
         weight = float(weights.max())
-        labels.append(_plain(name) if weight >= 1 - _EXACT else f"{_plain(name)} {weight:.2f}")
+        labels.append(f"only {_plain(name)}" if weight >= 1 - _EXACT else f"{_plain(name)} {weight:.2f}")
     distances = (front.preferences - 1 / len(front.names)).square().sum(1)
     rows.append(int(distances.argmin()))
-    return rows, [*labels, "all, evenly" if float(distances.min()) < _EXACT else "all, nearly evenly"]
+    return rows, [*labels, "centre" if float(distances.min()) < _EXACT else "nearest the centre"]
 
 
 def _scale(fronts: Mapping[str, Front], column: int) -> tuple[float, float]:
@@ -219,7 +218,7 @@ def _scale(fronts: Mapping[str, Front], column: int) -> tuple[float, float]:
 def _number(value: float, extent: float) -> str:
     """A value with three digits of what the values differ by, and a true minus sign."""
     decimals = min(max(2 - math.floor(math.log10(extent)), 0), 6)
-    return f"{value:.{decimals}f}".replace("-", "\u2212")
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "\u2212")
 
 
 def _shared_names(fronts: Mapping[str, Front]) -> tuple[str, ...]:
