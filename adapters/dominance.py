@@ -36,8 +36,8 @@ def measure_hypervolume(
 ) -> tuple[float, tuple[float, float] | None]:
     """The hypervolume, and None if it is exact or the 95 % interval if it had to be estimated.
 
-    Exact up to six objectives, and up to ten for at most 64 points: 60 points take 1 ms of one core for m = 6,
-    50 ms for m = 8 and 3.5 s for m = 10, but 100 points for m = 10 take more than a minute.
+    Exact up to six objectives, and up to ten for at most 64 points: 60 points take 1 ms of one core for
+    m = 6, 50 ms for m = 8 and 3.5 s for m = 10, but 100 points for m = 10 take more than a minute.
 
     Raises:
         InvalidInputError: NaN or infinity, or a reference of another length.
@@ -85,7 +85,7 @@ def non_dominated(values: Float[Tensor, "n m"]) -> Bool[Tensor, " n"]:
 
 def non_dominated_points(values: Float[Tensor, "n m"]) -> Float[Tensor, "p m"]:
     """The non-dominated points, each once, sorted by the first objective."""
-    points: Tensor = torch.unique(values.double()[non_dominated(values)], dim=0)  # type: ignore[no-untyped-call]
+    points: Tensor = torch.unique(values.double()[non_dominated(values)], dim=0)
     return points
 
 

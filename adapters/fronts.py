@@ -53,16 +53,17 @@ class Front:
 
     Args:
         names: the m dimensions, in the order of the columns.
-        preferences: preference vectors, one a row.
-        values: their evaluation, higher is better.
+        preferences: preference vectors ``[n, m]``, one a row.
+        values: their evaluation ``[n, m]``, higher is better.
 
     Raises:
         InvalidInputError: shapes that do not fit, NaN or infinity, a row off the simplex, bad names.
     """
 
     names: tuple[str, ...]
-    preferences: Float[Tensor, "n m"]
-    values: Float[Tensor, "n m"]
+    # any shape: files bring what they like, and `__post_init__` has the better message
+    preferences: Float[Tensor, "..."]
+    values: Float[Tensor, "..."]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -210,7 +211,7 @@ def rank_ceilings(preferences: Float[Tensor, "n m"]) -> tuple[float, ...]:
     """The highest `rank_correlations` of objectives that follow their weight but never twice alike.
 
     Points that share a weight are ordered by the other weights, which Spearman counts as disorder. On a grid
-    of three dimensions in steps of 0.2 the ceiling is 0.98; on ten vertices, edge middles and the centre 0.69.
+    of three dimensions in steps of 0.2 the ceiling is 0.98; on ten vertices, edge middles and centre, 0.69.
     """
     total, found = len(preferences), []
     for weight in preferences.double().T:

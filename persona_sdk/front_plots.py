@@ -121,7 +121,7 @@ def _triangles(fronts: Mapping[str, Front], reference: Tensor | None) -> Any:
         where: dict[str, Any] = {"orientation": "horizontal", "shrink": 0.75, "aspect": 30, "pad": 0.04}
         bar = figure.colorbar(shade, ax=list(grid[:, column]), **where)
         known = "" if reference is None else f", reference {_number(float(reference[column]), high - low)}"
-        bar.set_label(f"{_plain(name)} (higher is better{known})", fontsize=9)
+        bar.set_label(f"{_plain(name)}\n(higher is better{known})", fontsize=9)
         bar.ax.tick_params(labelsize=8)
     figure.supxlabel("A triangle holds all λ; a corner puts all weight on one dimension.", fontsize=9)
     return figure
