@@ -11,6 +11,7 @@ the extra ``pareto``; pyplot is never touched, so drawing leaves no state behind
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,9 @@ def _curves(fronts: Mapping[str, Front], reference: Tensor | None) -> Any:
         x, y = front.values[order].T.tolist()
         turn = index + index // len(_METHODS)  # the eighth method has the first one's colour, not its marker
         colour, marker = _METHODS[index % len(_METHODS)], _MARKERS[turn % len(_MARKERS)]
-        axis.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=8, label=_plain(method))
+        collapsed = len(x) > 1 and torch.allclose(front.values, front.values[:1])
+        label = _plain(method, 24) + (f"\n(one point for {len(x)} λ)" if collapsed else "")
+        axis.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=8, label=label)
         weights = front.preferences[order, 0].tolist()
         shared: dict[str, Any] = {"cmap": _VALUES, "vmin": 0, "vmax": 1, "zorder": 3}
         dots = axis.scatter(x, y, c=weights, marker=marker, s=44, edgecolors=colour, linewidths=1.2, **shared)
@@ -83,7 +86,7 @@ def _curves(fronts: Mapping[str, Front], reference: Tensor | None) -> Any:
     axis.set_xlabel(f"{_plain(names[0])} (higher is better)")
     axis.set_ylabel(f"{_plain(names[1])} (higher is better)")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(len(axis.get_lines()), 4), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=min(len(axis.get_lines()), 3), frameon=False, fontsize=9)
     return figure
 
 
@@ -111,17 +114,17 @@ def _mark_reference(axis: Any, reference: Tensor) -> None:
 def _triangles(fronts: Mapping[str, Front], reference: Tensor | None) -> Any:
     """A row for every method and a column for every objective, one colour scale a column."""
     names = _shared_names(fronts)
-    figure = _figure(10.5, 3.5 * len(fronts) + 0.5)
+    figure = _figure(10.5, 3.7 * len(fronts) + 0.8)
     grid = figure.subplots(len(fronts), 3, squeeze=False)
     for column, name in enumerate(names):
         low, high = _scale(fronts, column)
         for axis, (method, front) in zip(grid[:, column], fronts.items(), strict=True):
             shade = _triangle(axis, front, column, low, high)
-            axis.set_title(f"{_plain(method)}: {_plain(name)}", fontsize=10)
+            axis.set_title(f"{_plain(method, 34)}\n{_plain(name, 34)}", fontsize=10)
         where: dict[str, Any] = {"orientation": "horizontal", "shrink": 0.75, "aspect": 30, "pad": 0.04}
         bar = figure.colorbar(shade, ax=list(grid[:, column]), **where)
         known = "" if reference is None else f", reference {_number(float(reference[column]), high - low)}"
-        bar.set_label(f"{_plain(name)}\n(higher is better{known})", fontsize=9)
+        bar.set_label(f"{_plain(name, 34)}\n(higher is better{known})", fontsize=9)
         bar.ax.tick_params(labelsize=8)
     figure.supxlabel("A triangle holds all λ; a corner puts all weight on one dimension.", fontsize=9)
     return figure
@@ -146,10 +149,10 @@ def _triangle(axis: Any, front: Front, column: int, low: float, high: float) -> 
         there = front.preferences[:, index] >= 1 - _EXACT
         value = f"\n{_number(float(values[there][0]), high - low)}" if bool(there.any()) else ""
         text: dict[str, Any] = {"textcoords": "offset points", "ha": ha, "va": va, "fontsize": 8.5}
-        axis.annotate(_plain(front.names[index]) + value, corners[index].tolist(), (dx, dy), **text)
+        axis.annotate(_plain(front.names[index], 15) + value, corners[index].tolist(), (dx, dy), **text)
     axis.set_aspect("equal")
     axis.set_axis_off()
-    axis.set(xlim=(-0.08, 1.08), ylim=(-0.17, 1.06))  # the labels are within, where the layout sees them
+    axis.set(xlim=(-0.08, 1.08), ylim=(-0.25, 1.1))  # the labels are within, where the layout sees them
     return dots
 
 
@@ -241,6 +244,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _plain(text: str) -> str:
-    """A name as it is, though it may hold a dollar sign or start with an underscore, as nothing special."""
-    return "\u200b"[: text.startswith("_")] + text.replace("$", r"\$")
+def _plain(text: str, width: int = 60) -> str:
+    """A name as it is, in at most two lines: a dollar sign or leading underscore is not markup."""
+    lines = textwrap.fill(text, width, max_lines=2, placeholder="…")
+    return "\u200b"[: text.startswith("_")] + lines.replace("$", r"\$")

@@ -79,6 +79,10 @@ class TestTwoDimensions:
         assert far.get_xlim()[0] > -0.5
         assert texts(far) == ["the reference point (−500.00, −500.00) is outside"]
 
+    def test_a_front_that_collapsed_says_so(self):
+        flat = Front(NAMES[:2], front(2).preferences, torch.full((4, 2), 0.5))
+        assert legend(plot({"ours": front(2), "flat": flat}))[:2] == ["ours", "flat\n(one point for 4 λ)"]
+
     def test_up_to_fifty_methods_differ_in_colour_or_marker(self):
         (axis, _) = plot({f"m{i}": front(2) for i in range(49)}).axes
         looks = [(to_hex(line.get_color()), line.get_marker()) for line in axis.lines[:49]]
@@ -90,9 +94,9 @@ class TestThreeDimensions:
         figure = plot({"ours": front(3), "soups": front(3, 1.0)}, (-1, -1, -2))
         triangles, bars = figure.axes[:6], figure.axes[6:]
         assert [axis.get_title() for axis in triangles[:3]] == [
-            "ours: helpful",
-            "ours: harmless",
-            "ours: concise",
+            "ours\nhelpful",
+            "ours\nharmless",
+            "ours\nconcise",
         ]
         assert texts(triangles[4]) == ["helpful\n0.00", "harmless\n1.00", "concise\n0.00"]
         assert [bar.get_xlabel() for bar in bars] == [
@@ -119,6 +123,11 @@ class TestThreeDimensions:
         (axis, *_) = plot({"ours": Front(made.names, made.preferences[rows], made.values[rows])}).axes
         (dots,) = axis.collections
         assert len(dots.get_offsets()) == len(rows)
+
+    def test_long_names_are_broken_and_cut(self):
+        made = front(3, names=("follows the instructions of the user", "b", "c"))
+        (axis, *_) = plot({"ours": made}).axes
+        assert texts(axis)[0] == "follows the\ninstructions…\n1.00"
 
     def test_a_corner_that_was_not_measured_has_no_value(self):
         made = front(3)
