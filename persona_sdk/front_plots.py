@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_sdk.adapters.dominance import non_dominated_points
+from persona_sdk.adapters.dominance import non_dominated_points, reference_point
 from persona_sdk.adapters.fronts import Front
 from persona_sdk.errors import AdapterError, InvalidInputError
 
@@ -42,12 +42,8 @@ def plot(
         AdapterError: matplotlib is not installed.
     """
     names = _shared_names(fronts)
-    point = None if reference is None else torch.as_tensor(reference, dtype=torch.float64)
-    if point is not None and (point.shape != (len(names),) or not bool(torch.isfinite(point).all())):
-        raise InvalidInputError(
-            f"The reference point is {point.tolist()} and the dimensions are {', '.join(names)}.",
-            hint="Expected one finite number for every dimension.",
-        )
+    values = next(iter(fronts.values())).values
+    point = None if reference is None else reference_point(reference, values)
     draw = {2: _curves, 3: _triangles}.get(len(names), _tables)
     figure = draw(fronts, point)
     if title:
@@ -206,7 +202,7 @@ def _landmarks(front: Front) -> tuple[list[int], list[str]]:
         rows.append(int(weights.argmax()))
         weight = float(weights.max())
         labels.append(f"only {_plain(name)}" if weight >= 1 - _EXACT else f"{_plain(name)} {weight:.2f}")
-    distances = (front.preferences - 1 / len(front.names)).square().sum(1)
+    distances = (front.preferences - 1 / len(front.names)).norm(dim=1)
     rows.append(int(distances.argmin()))
     return rows, [*labels, "centre" if float(distances.min()) < _EXACT else "nearest the centre"]
 

@@ -203,7 +203,7 @@ def test_fronts_that_do_not_belong_together_are_refused(fronts):
 
 @pytest.mark.parametrize("reference", [(0.0,), (0.0, 0.0, 0.0), (0.0, float("nan"))])
 def test_a_reference_that_does_not_fit_is_refused(reference):
-    with pytest.raises(InvalidInputError, match="one finite number for every dimension"):
+    with pytest.raises(InvalidInputError, match="one finite number for every objective"):
         plot({"ours": front(2)}, reference)
 
 
