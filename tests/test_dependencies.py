@@ -45,7 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": PURE | LOADING,
     # pure low-rank algebra, then the families: no store, no engine, no user
     "adapters.lowrank": PURE,
+    "adapters.fronts": {"errors"},
     "adapters.*": PURE | LOADING | {"prompting", "adapters.*"},
+    "front_plots": {"errors", "adapters.fronts"},
     # memory stores opaque, hashed blobs and knows nobody
     "memory.*": {"errors", "config", "files", "tensors", "memory.*"},
     # the engine knows plan parts and token ids
