@@ -31,8 +31,8 @@ from persona_sdk.adapters import folders, lowrank, peft_format, svd_lora
 from persona_sdk.adapters.aggregation import Aggregation
 from persona_sdk.adapters.base import Adapter, AdapterRequest, State, language_model
 from persona_sdk.adapters.lora import select_modules
-from persona_sdk.adapters.preferences import complete
 from persona_sdk.adapters.preference_data import Reward
+from persona_sdk.adapters.preferences import complete
 from persona_sdk.adapters.training import TrainingOptions, TrainingReport
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.models import LanguageModel
@@ -220,7 +220,7 @@ class Panacea(Adapter):
         if strangers or not isinstance(given, Mapping):
             raise InvalidInputError(
                 f"The state {dict(state)!r:.80} does not fit a Panacea adapter.",
-                hint=f'Expected {{"{PREFERENCE}": {{name: weight}}}} with {", ".join(self.config.dimensions)}.',
+                hint=f'Expected {{"{PREFERENCE}": {{name: weight}}}}; names: {", ".join(self.config.dimensions)}.',
             )
         return complete(self.config.dimensions, given)
 
@@ -287,14 +287,17 @@ class Panacea(Adapter):
         )
 
     def _card(self) -> str:
-        config = self.config
-        return (
-            f"---\nlibrary_name: persona-sdk\nbase_model: {config.base_model_name_or_path or 'unknown'}\n---\n"
-            f"# Panacea adapter\n\n| | |\n|---|---|\n| dimensions | {', '.join(config.dimensions)} |\n"
-            f"| base fingerprint | `{self.base}` |\n| rank | {config.rank} shared, {config.preference_rank} a "
-            f"dimension |\n| objective | {config.objective}, {config.aggregation} |\n"
-            f"| sha256 of the tensors | `{self.digest}` |\n"
-        )
+        config, name = self.config, self.config.base_model_name_or_path or "unknown"
+        rows = {
+            "dimensions": ", ".join(config.dimensions),
+            "base model": f"`{name}`, fingerprint `{self.base}`",
+            "rank": f"{config.rank} shared, {config.preference_rank} a dimension",
+            "trained with": f"{config.objective}, {config.aggregation}",
+            "sha256 of the tensors": f"`{self.digest}`",
+        }
+        table = "".join(f"| {what} | {value} |\n" for what, value in rows.items())
+        head = f"---\nlibrary_name: persona-sdk\nbase_model: {name}\n---\n# Panacea adapter\n\n"
+        return f"{head}| | |\n|---|---|\n{table}"
 
 
 def initial_tensors(base: LanguageModel, options: PanaceaConfig) -> tuple[TensorBundle, torch.Generator]:

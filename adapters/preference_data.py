@@ -1,9 +1,10 @@
 """Data of several preference dimensions: from what a user passes to token ids.
 
-    SFT      {dimension: rows}          rows as for any adapter (`persona_sdk.adapters.training_data`)
-    DPO      {dimension: pairs}         {"prompt": ..., "chosen": ..., "rejected": ...}, TRL's names; or
-             [pair, ...]                {"prompt": ..., "response_0": ..., "response_1": ..., "better": {dimension: 0 or 1}}
-    reward   ["prompt", ...]            with one function a dimension: (prompt, reply) -> number
+    SFT      {dimension: rows}      rows as for any adapter (`persona_sdk.adapters.training_data`)
+    DPO      {dimension: pairs}     {"prompt": ..., "chosen": ..., "rejected": ...}, TRL's names; or
+             [pair, ...]            {"prompt": ..., "response_0": ..., "response_1": ..., "better": {...}}
+                                    with 0 or 1 by dimension
+    reward   ["prompt", ...]        with one function a dimension: (prompt, reply) -> number
 
 An *item* holds one example of every dimension, so the dimensions are balanced whatever their sizes: there are
 as many items as the largest has examples, and smaller ones are gone through again, in another order.
@@ -30,9 +31,15 @@ _FORM = {
 
 @dataclass(frozen=True)
 class Example:
-    """One example of one dimension: the rows whose likelihood counts, one for SFT, chosen and rejected for DPO."""
+    """One example of one dimension.
+
+    Args:
+        rows: those whose likelihood counts: one for SFT, chosen and rejected for DPO.
+        reference: the base model's log-likelihood of each, for DPO.
+    """
 
     rows: tuple[Row, ...]
+    reference: tuple[float, ...] = ()
 
 
 def encode_examples(
@@ -41,17 +48,17 @@ def encode_examples(
     """Examples by dimension, in the order of `dimensions`.
 
     Raises:
-        InvalidInputError: a dimension without data, a name that is no dimension, or a row that cannot be used.
+        InvalidInputError: a dimension without data, a name that is no dimension, or an unusable row.
     """
     given = _labelled(data, dimensions) if objective == "dpo" else data
     if not isinstance(given, Mapping):
-        raise InvalidInputError(f"The training data is a {type(data).__name__}.", hint=_FORM[objective])
+        raise InvalidInputError(f"The data is a {type(data).__name__}.", hint=_FORM[objective])
     strangers = sorted(set(map(str, given)) - set(dimensions))
     absent = [name for name in dimensions if not given.get(name)]
     if strangers or absent:
-        said = f"of {strangers[0]!r}, which is no dimension" if strangers else f"lacks {absent[0]!r}"
+        said = f"has {strangers[0]!r}, which is no dimension" if strangers else f"lacks {absent[0]!r}"
         raise InvalidInputError(
-            f"The training data {said}.", hint=f"{_FORM[objective]} Dimensions: {', '.join(dimensions)}."
+            f"The data {said}.", hint=f"{_FORM[objective]} Dimensions: {', '.join(dimensions)}."
         )
     encode = _pairs if objective == "dpo" else _single
     found = {}
