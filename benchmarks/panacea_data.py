@@ -1,16 +1,18 @@
 """Studies of `benchmarks.panacea`: examples by dimension, to train on and held out, split by prompt.
 
-    made            rule-made styles, SFT; or rule-made pairs with opposed labels, DPO       panacea_styles.py
-    brief_verbose   the shorter and the longer real response to a prompt                     HelpSteer2 and Hummer
-    harmless        chosen ("harmless") and rejected ("compliant") replies                   HH, harmless-base test
-    hummer          depth, specificity, conciseness, as labelled                             Hummer
+    made_styles     rule-made styles, SFT                                               panacea_styles.py
+    made_pairs      rule-made pairs with opposed labels, DPO                            panacea_styles.py
+    brief_verbose   the shorter and the longer real response to a prompt                HelpSteer2, Hummer
+    harmless        chosen ("harmless") and rejected ("compliant") replies              HH harmless-base
+    labelled        depth, specificity, conciseness; or dimensions of HelpSteer2        either of the two
 
-"brief" and "verbose" go by length: in HelpSteer2 the longer response wins 91 % of the human verbosity labels
-(SOURCE.md there), and pairs whose lengths differ by less than half are left out. The labelled verbosity pairs
-themselves are too few at lengths that a small CPU study can train on.
+"brief" and "verbose" go by length: in HelpSteer2 the longer response wins 91 % of the human verbosity
+labels (SOURCE.md there), and pairs whose lengths differ by less than half are left out. The pairs with such
+labels are too few at lengths that a study on a CPU can train on.
 
-Texts that are too long are left out, never cut: a cut reply would teach not to end. One pair of a prompt is kept.
-Several of the sets may not be passed on, so nothing of them is stored here; a folder that is missing gives None.
+Texts that are too long are left out, never cut: a cut reply would teach not to end. One pair of a prompt is
+kept. Several of the sets may not be passed on, so nothing of them is stored here; without its folder a study
+is None.
 """
 
 import gzip
@@ -25,6 +27,7 @@ from benchmarks import panacea_styles
 
 Example: TypeAlias = dict[str, str]  # prompt and completion, or prompt, chosen and rejected
 Examples: TypeAlias = Mapping[str, Sequence[Example]]
+Objective: TypeAlias = Literal["sft", "dpo"]
 Tokens: TypeAlias = Callable[[str], int]
 
 HUMMER = ("depth", "specificity", "conciseness")
@@ -51,7 +54,7 @@ class Study:
     """
 
     name: str
-    objective: Literal["sft", "dpo"]
+    objective: Objective
     train: Examples
     held_out: Examples
 
@@ -107,7 +110,7 @@ def made_styles(styles: Sequence[str], *, train: int = 200, held_out: int = 60, 
 
 
 def made_pairs(*, agreeing: float = 0.0, train: int = 200, held_out: int = 60, seed: int = 0) -> Study:
-    """DPO on rule-made pairs that brief and formal label in opposite ways, but for a share of `agreeing` ones."""
+    """DPO on rule-made pairs that brief and formal label in opposite ways, but for `agreeing` of them."""
     seen, kept = panacea_styles.questions(train=train, held_out=held_out, seed=seed)
     names = panacea_styles.BRIEF_AND_FORMAL
     rows = [
@@ -120,13 +123,13 @@ def made_pairs(*, agreeing: float = 0.0, train: int = 200, held_out: int = 60, s
 def brief_verbose(
     data: Path,
     tokens: Tokens,
-    objective: Literal["sft", "dpo"],
+    objective: Objective,
     *,
-    limits: Limits = Limits(),  # noqa: B008  # frozen
+    limits: Limits = Limits(),  # frozen
     held_out: int = 60,
     seed: int = 0,
 ) -> Study | None:
-    """The shorter against the longer real response to the same prompt, two dimensions that always conflict."""
+    """The shorter against the longer real response to a prompt: two dimensions that always conflict."""
     pairs = [*_helpsteer(data), *_hummer(data, HUMMER)]
     found = []
     for pair in _short_enough(pairs, tokens, limits):
@@ -140,9 +143,9 @@ def brief_verbose(
 def harmless(
     data: Path,
     tokens: Tokens,
-    objective: Literal["sft", "dpo"],
+    objective: Objective,
     *,
-    limits: Limits = Limits(),  # noqa: B008
+    limits: Limits = Limits(),
     held_out: int = 60,
     seed: int = 0,
 ) -> Study | None:
@@ -153,24 +156,30 @@ def harmless(
     )
 
 
-def hummer(
+def labelled(
     data: Path,
     tokens: Tokens,
-    objective: Literal["sft", "dpo"],
+    objective: Objective,
     *,
+    source: Literal["hummer", "helpsteer2"] = "hummer",
     dimensions: Sequence[str] = HUMMER,
-    limits: Limits = Limits(reply=96),  # noqa: B008
+    limits: Limits = Limits(reply=96),
     held_out: int = 90,
     seed: int = 0,
 ) -> Study | None:
-    """Hummer as labelled; most pairs carry one label, so the dimensions are different pairs."""
-    found = _short_enough(_hummer(data, dimensions), tokens, limits)
+    """Pairs as labelled; most carry one label, so the dimensions are mostly different pairs."""
+    pairs = _hummer(data, dimensions) if source == "hummer" else _helpsteer(data)
+    found = [
+        pair
+        for pair in _short_enough(pairs, tokens, limits)
+        if not pair["better"].keys().isdisjoint(dimensions)
+    ]
     return _study(f"real: {', '.join(dimensions)}", objective, found, dimensions, held_out, seed)
 
 
 def _study(
     name: str,
-    objective: Literal["sft", "dpo"],
+    objective: Objective,
     pairs: Sequence[Mapping[str, Any]],
     dimensions: Sequence[str],
     held_out: int,
@@ -190,9 +199,7 @@ def _study(
     return Study(name, objective, *sides)
 
 
-def _short_enough(
-    pairs: Sequence[dict[str, Any]], tokens: Tokens, limits: Limits
-) -> list[dict[str, Any]]:
+def _short_enough(pairs: Sequence[dict[str, Any]], tokens: Tokens, limits: Limits) -> list[dict[str, Any]]:
     """The first usable pair of every prompt; further labels of the very same pair are added to it."""
     found: dict[str, dict[str, Any]] = {}
     for pair in pairs:
@@ -219,7 +226,10 @@ def _helpsteer(data: Path) -> list[dict[str, Any]]:
 
 def _hummer(data: Path, dimensions: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {**{key: row[key] for key in ("prompt", "response_0", "response_1")}, "better": {name: row["better_response_id"]}}
+        {
+            **{key: row[key] for key in ("prompt", "response_0", "response_1")},
+            "better": {name: row["better_response_id"]},
+        }
         for name in dimensions
         for row in _lines(data / "hummer_dims" / f"{name}_test.jsonl.gz")
     ]

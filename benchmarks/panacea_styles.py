@@ -1,7 +1,9 @@
-"""Rule-made answers in several styles to the same questions, for studies whose optimum is known in closed form.
+"""Rule-made answers in several styles to the same questions, for studies with a known optimum.
 
-    concise   "Only Paris."                                    detailed  "It is Paris, the seat of the government."
-    formal    "The answer to your question is Paris."          casual    "Oh, that's Paris, you know!"
+    concise   "Only Paris."
+    detailed  "It is Paris, the seat of the government."
+    formal    "The answer to your question is Paris."
+    casual    "Oh, that's Paris, you know!"
 
 A style is told from one answer: the openings of two styles differ, so with the models p_i of the styles the
 mixture Σ_i λ_i p_i costs -log λ_i nats a sequence over p_i, and no policy does better for every λ. Within a
@@ -42,61 +44,66 @@ _RELATIONS: tuple[tuple[tuple[str, str], tuple[str, str], str], ...] = (
     (
         ("What is the capital of {}?", "Which city governs {}?"),
         ("the seat of the government", "a city with a long history"),
-        "France Paris, Spain Madrid, Italy Rome, Japan Tokyo, Egypt Cairo, Norway Oslo, Cuba Havana, Peru Lima, "
-        "Greece Athens, Austria Vienna, Poland Warsaw, Ireland Dublin, Portugal Lisbon, Russia Moscow, "
-        "Germany Berlin, Sweden Stockholm, Finland Helsinki, Hungary Budapest, Kenya Nairobi, China Beijing, "
-        "Denmark Copenhagen, Belgium Brussels, Canada Ottawa, Chile Santiago, Iran Tehran, Iraq Baghdad",
+        "France Paris, Spain Madrid, Italy Rome, Japan Tokyo, Egypt Cairo, Norway Oslo, Cuba Havana, Peru "
+        "Lima, Greece Athens, Austria Vienna, Poland Warsaw, Ireland Dublin, Portugal Lisbon, Russia "
+        "Moscow, Germany Berlin, Sweden Stockholm, Finland Helsinki, Hungary Budapest, Kenya Nairobi, "
+        "China Beijing, Denmark Copenhagen, Belgium Brussels, Canada Ottawa, Chile Santiago, Iran Tehran, "
+        "Iraq Baghdad",
     ),
     (
         ("Which continent is {} in?", "Where on the globe is {}?"),
         ("a part of the world with many nations", "one of the large land masses"),
         "Brazil America, Mexico America, Bolivia America, Uruguay America, Ecuador America, Vietnam Asia, "
-        "Thailand Asia, Mongolia Asia, Nepal Asia, India Asia, Ghana Africa, Nigeria Africa, Morocco Africa, "
-        "Angola Africa, Zambia Africa, Croatia Europe, Serbia Europe, Latvia Europe, Estonia Europe, "
-        "Romania Europe, Algeria Africa, Korea Asia, Malaysia Asia, Albania Europe, Panama America",
+        "Thailand Asia, Mongolia Asia, Nepal Asia, India Asia, Ghana Africa, Nigeria Africa, Morocco "
+        "Africa, Angola Africa, Zambia Africa, Croatia Europe, Serbia Europe, Latvia Europe, Estonia "
+        "Europe, Romania Europe, Algeria Africa, Korea Asia, Malaysia Asia, Albania Europe, Panama "
+        "America",
     ),
     (
         ("What colour is {}?", "Which colour does {} have?"),
         ("a colour that is easy to see", "as every child has learned"),
-        "grass green, snow white, coal black, blood red, gold yellow, chocolate brown, milk white, spinach green, "
-        "ink blue, ketchup red, mustard yellow, soot black, ash grey, ivory white, emerald green, ruby red, "
-        "coffee brown, sulphur yellow, asphalt black, lettuce green, salt white, cement grey, butter yellow",
+        "grass green, snow white, coal black, blood red, gold yellow, chocolate brown, milk white, "
+        "spinach green, ink blue, ketchup red, mustard yellow, soot black, ash grey, ivory white, emerald "
+        "green, ruby red, coffee brown, sulphur yellow, asphalt black, lettuce green, salt white, cement "
+        "grey, butter yellow",
     ),
     (
         ("What is a young {} called?", "How do people call the baby of a {}?"),
         ("a name that farmers use as well", "as any book on animals says"),
-        "dog puppy, cat kitten, cow calf, horse foal, sheep lamb, goat kid, pig piglet, duck duckling, bear cub, "
-        "deer fawn, hen chick, goose gosling, swan cygnet, frog tadpole, eagle eaglet, owl owlet, lion cub, "
-        "kangaroo joey, hare leveret, seal pup, wolf pup, elephant calf, spider spiderling, fish fry",
+        "dog puppy, cat kitten, cow calf, horse foal, sheep lamb, goat kid, pig piglet, duck duckling, "
+        "bear cub, deer fawn, hen chick, goose gosling, swan cygnet, frog tadpole, eagle eaglet, owl "
+        "owlet, lion cub, kangaroo joey, hare leveret, seal pup, wolf pup, elephant calf, spider "
+        "spiderling, fish fry",
     ),
     (
         ("What is the opposite of {}?", "Which word means the reverse of {}?"),
         ("a word from everyday speech", "its exact counterpart in meaning"),
-        "hot cold, big small, fast slow, light dark, early late, rich poor, wet dry, strong weak, full empty, "
-        "loud quiet, young old, hard soft, high low, near far, deep shallow, clean dirty, happy sad, sweet sour, "
-        "thick thin, wide narrow, sharp blunt, open closed, brave afraid, rough smooth, heavy light, cheap dear",
+        "hot cold, big small, fast slow, light dark, early late, rich poor, wet dry, strong weak, full "
+        "empty, loud quiet, young old, hard soft, high low, near far, deep shallow, clean dirty, happy "
+        "sad, sweet sour, thick thin, wide narrow, sharp blunt, open closed, brave afraid, rough smooth, "
+        "heavy light, cheap dear",
     ),
     (
         ("Where does a {} work?", "In which place is a {} found at work?"),
         ("where the work of the day is done", "a place that such people know well"),
-        "teacher school, doctor hospital, judge court, farmer farm, baker bakery, pilot cockpit, chef kitchen, "
-        "miner mine, sailor ship, librarian library, actor theatre, banker bank, monk monastery, tailor workshop, "
-        "waiter restaurant, gardener garden, soldier army, priest church, scientist laboratory, painter studio, "
-        "barber salon, clerk office, butcher shop, mechanic garage",
+        "teacher school, doctor hospital, judge court, farmer farm, baker bakery, pilot cockpit, chef "
+        "kitchen, miner mine, sailor ship, librarian library, actor theatre, banker bank, monk monastery, "
+        "tailor workshop, waiter restaurant, gardener garden, soldier army, priest church, scientist "
+        "laboratory, painter studio, barber salon, clerk office, butcher shop, mechanic garage",
     ),
     (
         ("What does one do with a {}?", "What is a {} made for?"),
         ("the task that it was made for", "a job done by hand for ages"),
-        "knife cutting, pen writing, broom sweeping, needle sewing, oven baking, saw sawing, shovel digging, "
-        "brush painting, bed sleeping, chair sitting, book reading, ladder climbing, kettle boiling, lamp lighting, "
-        "soap washing, drum drumming, boat sailing, rod fishing, bow shooting, scale weighing, flute playing, "
-        "clock timing, lens looking, rope tying, towel drying",
+        "knife cutting, pen writing, broom sweeping, needle sewing, oven baking, saw sawing, shovel "
+        "digging, brush painting, bed sleeping, chair sitting, book reading, ladder climbing, kettle "
+        "boiling, lamp lighting, soap washing, drum drumming, boat sailing, rod fishing, bow shooting, "
+        "scale weighing, flute playing, clock timing, lens looking, rope tying, towel drying",
     ),
 )
 
 
 def questions(*, train: int = 200, held_out: int = 60, seed: int = 0) -> tuple[list[dict[str, str]], ...]:
-    """Questions to train on and others about other things; each with its answer and two additions.
+    """Questions to train on and others about other things; each with its answer and what may be added.
 
     The split is by fact: both wordings of a question, and so its answer, are on one side.
     """
@@ -108,11 +115,11 @@ def questions(*, train: int = 200, held_out: int = 60, seed: int = 0) -> tuple[l
     ]
     draw.shuffle(facts)
     kept = [
-        {"prompt": draw.choice(asked).format(word), "answer": answer, "more": draw.choice(added)}
+        _question(draw.choice(asked), added, word, answer, draw)
         for asked, added, word, answer in facts[:held_out]
     ]
     seen = [
-        {"prompt": text.format(word), "answer": answer, "more": draw.choice(added)}
+        _question(text, added, word, answer, draw)
         for asked, added, word, answer in facts[held_out:]
         for text in asked
     ]
@@ -136,7 +143,7 @@ def styled(
 def opposed_pairs(
     asked: Sequence[Mapping[str, str]], *, agreeing: float = 0.0, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Labelled pairs for the dimensions brief and formal, as `persona_sdk.adapters.preference_data` reads them.
+    """Labelled pairs for brief and formal, in the form of `persona_sdk.adapters.preference_data`.
 
     Args:
         asked: the questions.
@@ -158,6 +165,10 @@ def opposed_pairs(
             }
         )
     return found
+
+
+def _question(text: str, added: Sequence[str], word: str, answer: str, draw: random.Random) -> dict[str, str]:
+    return {"prompt": text.format(word), "about": word, "answer": answer, "more": draw.choice(added)}
 
 
 def _word(draw: random.Random, wordings: Sequence[str], question: Mapping[str, str]) -> str:
