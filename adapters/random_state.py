@@ -72,6 +72,6 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     position, has_gauss, cached = state["numpy_rest"].tolist()
     words = state["numpy"].numpy().astype(numpy.uint32)
     numpy.random.set_state(("MT19937", words, int(position), int(has_gauss), cached))
-    torch.set_rng_state(state["torch"])
+    torch.set_rng_state(state["torch"].clone())  # torch reads past views of larger tensors
     if device.type == "cuda" and "device" in state:
-        torch.cuda.set_rng_state(state["device"], device)
+        torch.cuda.set_rng_state(state["device"].clone(), device)

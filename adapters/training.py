@@ -227,7 +227,6 @@ def fit(
             label_names=["labels"],
             use_cache=False,
             ddp_find_unused_parameters=False,
-            ddp_broadcast_buffers=False,
             **options.model_dump(include=set(TrainingOptions.model_fields) - {"max_length"}),
         )
         if arguments.n_gpu > 1:  # one module in memory: no data parallel copies of it
@@ -274,7 +273,7 @@ def fit(
 
 
 def _require_own_device(model: LanguageModel, arguments: Any) -> None:
-    """Each process must have loaded the base where it trains: the Trainer would move it and leave it there."""
+    """Each process must have loaded the base where it trains: the Trainer would move it for good."""
     if model.device.type != arguments.device.type or (model.device.index or 0) != (
         arguments.device.index or 0
     ):
