@@ -221,3 +221,16 @@ def test_further_callbacks_see_the_run() -> None:
         report = fit(base, base.module, rows, TrainingOptions(max_steps=2), callbacks=[seen])
     assert tuple(seen.logged) == report.losses
     assert len(report.losses) == 2
+
+
+def test_a_checkpoint_from_before_the_first_evaluation_is_gone_on_from(tmp_path: Path) -> None:
+    def before(done: int) -> None:
+        if done == 2:
+            raise StopError
+
+    kept = Checkpoints(folder=tmp_path, every=1)
+    with pytest.raises(StopError):
+        result(checkpoints=kept, before=before, evaluation=scripted([], every=4))
+    expected = result(evaluation=scripted([2, 1], every=4))
+    assert expected["best_step"] == 4
+    assert result(checkpoints=kept, evaluation=scripted([2, 1], every=4)) == expected
