@@ -1,6 +1,6 @@
 """Small training runs whose results can be compared bit by bit; also a program, to be killed or launched.
 
-    python -m runs FOLDER DIE        trains with checkpoints in FOLDER, kills itself, prints its result
+    python runs.py FOLDER DIE        trains with checkpoints in FOLDER, kills itself, prints its result
 
 DIE is ``never``, ``step:N`` (before optimizer step N + 1) or ``write:N`` (when a checkpoint is synced for the
 N-th time, half of its files being there).
