@@ -218,11 +218,6 @@ class AdapterLibrary:
                 found.setdefault(attachment.name, dict(values))
         return found
 
-    def _loaded(self, revisions: Mapping[str, int]) -> Iterator[tuple[Attachment, Loaded]]:
-        for _, attachment, found in self.reachable(revisions):
-            if not isinstance(found, Unused):
-                yield attachment, found
-
     def reachable(self, revisions: Mapping[str, int]) -> Iterator[tuple[str, Attachment, Loaded | Unused]]:
         """Every attachment of these owners, with whose it is, and its adapter or why that takes no part.
 
@@ -259,6 +254,11 @@ class AdapterLibrary:
         where = attachment.adapter
         cube = self._store.lookup(where.owner, [where.cube_id]).get(where.cube_id)
         return None if cube is None else Loaded(self._cache.get(cube), f"{attachment.name}@{cube.revision}")
+
+    def _loaded(self, revisions: Mapping[str, int]) -> Iterator[tuple[Attachment, Loaded]]:
+        for _, attachment, found in self.reachable(revisions):
+            if not isinstance(found, Unused):
+                yield attachment, found
 
     def _adapters(self, owner: str) -> list[MemCube]:
         cubes = self._store.cubes(owner, kind="parametric")

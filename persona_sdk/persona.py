@@ -1,7 +1,8 @@
 """The bound handle for one user or one group: everything an application does with a persona.
 
-Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes (`remember`, `learn`, `attach`,
-`detach`, `prefer`, `rollback`, `forget`) are commits: each makes one new revision, whole or not at all.
+Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes (`remember`, `learn`,
+`attach`, `detach`, `prefer`, `rollback`, `forget`) are commits: each makes one new revision, whole or not
+at all.
 """
 
 import asyncio
