@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -25,7 +26,7 @@ from .engine.support import merged
 from .support import lora
 
 SHORT = {"max_new_tokens": 24, "ignore_eos": True}
-LONG = {"max_new_tokens": 400, "ignore_eos": True}  # there is time to steer
+LONG = {"max_new_tokens": 80, "ignore_eos": True}
 NAMES = ("concise", "detailed")
 GROUP = "nurses/tone"
 
@@ -371,53 +372,69 @@ class TestServing:
 
 
 class TestSteering:
-    def test_a_steered_preference_holds_from_the_next_token_on(self, model, alice):
+    def test_a_steered_preference_holds_from_the_next_token_on(self, model, alice, monkeypatch):
         alice.prefer(concise=0.2, detailed=0.8)
         plain = alice.chat("Tell me more", **LONG)
-        stream = alice.stream("Tell me more", **LONG)
-        next(stream)
-        with model.engine._stepping:  # between two steps of the loop
-            made = len(stream._generation.tokens)
-            stream.steer(concise=0.9)
-        reply = stream.reply
+        with worker_runs(model, monkeypatch, {7: lambda stream: stream.steer(concise=0.9)}) as started:
+            started.set_result(alice.stream("Tell me more", **LONG))
+            reply = started.result().reply
         [steer] = reply.steers
-        assert steer.token == made
+        assert steer.token == 7
         assert steer.gates == {0: pytest.approx((0.8, 0.8, 0.8 * 0.9, 0.8 * 0.1))}
-        assert reply.tokens[:made] == plain.tokens[:made]
+        assert reply.tokens[:7] == plain.tokens[:7]
         assert reply.tokens != plain.tokens
         assert reply.tokens == two_phases(model, reply)
         assert plain.tokens == two_phases(model, plain)
         assert reply.controls == plain.controls  # what it began with
         assert alice.chat("Tell me more", **LONG) == plain
 
-    def test_a_steer_that_cannot_be_is_refused_and_the_stream_goes_on(self, model, alice):
+    def test_a_steer_that_cannot_be_is_refused_and_the_stream_goes_on(self, alice):
         plain = alice.chat("Tell me more", **LONG)
         stream = alice.stream("Tell me more", **LONG)
         next(stream)
-        with model.engine._stepping:
-            for wrong in (-0.5, math.nan, math.inf, True):
-                with pytest.raises(InvalidInputError, match="concise="):
-                    stream.steer(concise=wrong)
-            for strange in ({"funny": 1.0}, {"concise": 0.9, "funny": 0.5}):
-                with pytest.raises(InvalidInputError, match=r"'funny'.*concise, detailed"):
-                    stream.steer(**strange)
-            with pytest.raises(InvalidInputError, match="no weight above 0"):
-                stream.steer(concise=0.0, detailed=0.0)
+        for wrong in (-0.5, math.nan, math.inf, True):
+            with pytest.raises(InvalidInputError, match="concise="):
+                stream.steer(concise=wrong)
+        for strange in ({"funny": 1.0}, {"concise": 0.9, "funny": 0.5}):
+            with pytest.raises(InvalidInputError, match=r"'funny'.*concise, detailed"):
+                stream.steer(**strange)
+        with pytest.raises(InvalidInputError, match="no weight above 0"):
+            stream.steer(concise=0.0, detailed=0.0)
         assert stream.reply == plain
         assert stream.reply.steers == ()
 
-    def test_later_steers_start_from_earlier_ones(self, model, nurses):
+    def test_later_steers_start_from_earlier_ones(self, model, nurses, monkeypatch):
         nurses.add_adapter("tone", panacea(model, 0, ("concise", "warm", "formal")))
         nurses.attach(GROUP)
         nurses.prefer(concise=0.5, warm=0.3, formal=0.2)
-        stream = nurses.stream("Tell me more", **LONG)
-        next(stream)
-        with model.engine._stepping:
-            stream.steer(concise=0.8)
-        with model.engine._stepping:
-            stream.steer(warm=0.0)
-        last = stream.reply.steers[-1]
+        acts = {3: lambda stream: stream.steer(concise=0.8), 5: lambda stream: stream.steer(warm=0.0)}
+        with worker_runs(model, monkeypatch, acts) as started:
+            started.set_result(nurses.stream("Tell me more", **SHORT))
+            first, last = started.result().reply.steers
+        assert (first.token, last.token) == (3, 5)
+        assert first.gates[0][2:] == pytest.approx((0.8, 0.12, 0.08))
         assert last.gates[0][2:] == pytest.approx((0.8 / 0.88, 0.0, 0.08 / 0.88))
+
+
+@contextmanager
+def worker_runs(model, monkeypatch, acts):
+    """Let the engine's worker act on the stream that is put into the yielded future, when it has made so many
+    tokens: between two steps, so that what the next token is made with is known.
+    """
+    model.engine.ready()
+    loop, started = model.engine._loop, Future()
+    steer = loop._steer
+
+    def watched():
+        for row in loop.table.rows.values():
+            if act := acts.pop(len(row.tokens), None):
+                act(started.result(60))
+        steer()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_steer", watched)
+        yield started
+    assert not acts
 
 
 def two_phases(model, reply) -> tuple[int, ...]:
