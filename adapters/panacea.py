@@ -21,7 +21,7 @@ The width-free initialisation, p > 1, a scale per dimension and the sampled obje
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, final
 
@@ -31,14 +31,16 @@ from pydantic import Field, model_validator
 from persona_sdk.adapters import folders, lowrank, peft_format, svd_lora
 from persona_sdk.adapters.aggregation import Aggregation
 from persona_sdk.adapters.base import Adapter, AdapterRequest, State, language_model
+from persona_sdk.adapters.checkpoints import Checkpoints
 from persona_sdk.adapters.lora import select_modules
 from persona_sdk.adapters.preference_data import Reward
+from persona_sdk.adapters.preference_training import train
 from persona_sdk.adapters.preferences import complete
 from persona_sdk.adapters.training import TrainingOptions, TrainingReport
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import Contribution, LowRankPatch
-from persona_sdk.tensors import TensorBundle, digest, freeze
+from persona_sdk.tensors import LazyBundle, TensorBundle, digest, freeze, present
 
 PREFERENCE = "preference"
 
@@ -80,7 +82,8 @@ class PanaceaConfig(TrainingOptions):
     kl: float = Field(0.05, ge=0, description="weight of the divergence from the base; objective='reward'")
     samples_per_prompt: int = Field(4, ge=2, description="replies an advantage is taken over; 'reward'")
     max_new_tokens: int = Field(24, ge=1, description="of a sampled reply; 'reward'")
-    temperature: float = Field(1.0, gt=0, description="of a sampled reply; 'reward'")
+    eval_steps: int = Field(25, ge=1, description="steps between two evaluations of held-out data")
+    early_stopping_patience: int | None = Field(3, ge=1, description="evaluations without a gain; None: all")
 
     base_model_name_or_path: str = Field("", description="filled in by train; written into PEFT folders")
     fan_in_fan_out: bool = Field(False, description="filled in by train; for PEFT: the base uses Conv1D")
@@ -163,7 +166,7 @@ class Panacea(Adapter):
         *,
         rewards: Mapping[str, Reward] | None = None,
         held_out: Any = None,
-        checkpoints: Any = None,
+        checkpoints: Checkpoints | None = None,
         progress: bool | None = None,
     ) -> Self:
         """Train on data of every dimension (`persona_sdk.adapters.preference_data`).
@@ -181,8 +184,6 @@ class Panacea(Adapter):
             InvalidInputError: unusable data, options or target modules.
             AdapterError: training diverged; no adapter is made.
         """
-        from persona_sdk.adapters.preference_training import train
-
         base, options = language_model(model), cls.configure(config)
         tensors, report = train(
             base,
@@ -208,14 +209,14 @@ class Panacea(Adapter):
         }
         return cls(base=base.fingerprint, config=bound(options, base), tensors=freeze({**tensors, **noise}))
 
-    @cached_property
+    @property
     def factors(self) -> TensorBundle:
-        """The low-rank bundle that is served: everything but λ is folded into it."""
-        return svd_lora.fold(self.tensors, self.config.shape)
+        """The low-rank bundle that is served, made anew: everything but λ is folded into it."""
+        return svd_lora.fold(present(self.tensors), self.config.shape)
 
     @cached_property
     def factors_digest(self) -> str:
-        """Content hash of `factors`."""
+        """Content hash of `factors`. They are not kept themselves: who serves them has a copy."""
         return digest(self.factors)
 
     def preference(self, state: State) -> tuple[float, ...]:
@@ -251,7 +252,8 @@ class Panacea(Adapter):
         shape = self.config.shape
         gate = svd_lora.gate(preference, shape, request.weight)
         patch = LowRankPatch(factors=self.factors_digest, rank=shape.total, gate=gate, origin=request.origin)
-        return Contribution(parts=(patch,), tensors={self.factors_digest: self.factors})
+        served = LazyBundle(cache(lambda: self.factors))
+        return Contribution(parts=(patch,), tensors={self.factors_digest: served})
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a folder of one safetensors file and a card; λ is in neither.

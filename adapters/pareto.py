@@ -1,4 +1,4 @@
-"""Objectives of an adapter over a grid of preference vectors: the points of its front.
+"""Objectives over a grid of preference vectors: the points of a front.
 
     ξ_i(λ) = mean over held-out examples of dimension i of J_i under λ
 
@@ -9,24 +9,33 @@
 | ξ      | ``Measured.values``      | [n, m]                           |
 | base   | ``Measured.base``        | [m], of the model without it     |
 
-J is the log-likelihood of a reply in nats for SFT and DPO's J for pairs; higher is better. Nothing is
-sampled, so a difference between two points is one of the model, up to the choice of examples.
+J is the log-likelihood of a reply in nats for SFT, DPO's J for pairs, and the reward of one sampled reply a
+prompt otherwise; higher is better. Likelihoods are not sampled: a difference between two points is one of the
+model, up to the choice of examples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_sdk.adapters.panacea import Panacea
-from persona_sdk.adapters.preference_data import Example, encode_examples
-from persona_sdk.adapters.preference_training import log_likelihoods, objective_of, with_reference
+from persona_sdk.adapters.preference_data import Reward, encode_examples
+from persona_sdk.adapters.preference_likelihood import objectives, with_reference
+from persona_sdk.adapters.preference_rewards import check_rewards, encode_prompts, sampled_rewards
 from persona_sdk.adapters.preferences import grid
+from persona_sdk.adapters.random_state import same_random_state
 from persona_sdk.adapters.svd_lora import Layers, svd_layers
 from persona_sdk.adapters.twin import twin
 from persona_sdk.models import LanguageModel
+
+if TYPE_CHECKING:
+    from persona_sdk.adapters.panacea import Panacea, PanaceaConfig
+
+# λ -> J of every example, a tensor a dimension; None is the base model
+Objectives: TypeAlias = Callable[[Tensor | None], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,56 +54,75 @@ class Measured:
 
 def evaluate(
     model: LanguageModel,
-    adapter: Panacea,
-    held_out: object,
+    adapter: "Panacea",
+    held_out: Any,
     preferences: Float[Tensor, "n m"] | None = None,
     *,
+    rewards: Mapping[str, Reward] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Objectives of an adapter on held-out data. The model may be in use meanwhile.
 
     Args:
         model: the base model.
-        adapter: an adapter of SFT or DPO.
+        adapter: what to evaluate.
         held_out: data as for training.
         preferences: where; None is `preferences.grid`.
+        rewards: for an adapter that was trained on rewards.
         advance: called after every preference vector.
 
     Raises:
         IncompatibleAdapterError: the adapter is of another base.
-        InvalidInputError: unusable data.
+        InvalidInputError: unusable data, or rewards that are missing.
     """
     adapter.check_base(model.fingerprint)
     config, own = adapter.config, twin(model)
-    longest = min(config.max_length, model.context_length)
-    examples = encode_examples(own.tokenizer, held_out, config.dimensions, config.objective, longest)
     points = grid(len(config.dimensions)) if preferences is None else preferences
     with svd_layers(own, adapter.tensors, config.shape) as layers:
         own.module.eval()
-        if config.objective == "dpo":
-            examples = with_reference(own, layers, examples)
-        base = objectives(own, layers, examples, None, config.beta)
-        found = []
-        for point in points:
-            found.append(objectives(own, layers, examples, point, config.beta))
-            advance()
-    columns = tuple(torch.stack([values[i] for values in found]) for i in range(len(config.dimensions)))
-    return Measured(points, columns, torch.stack([values.mean() for values in base]))
+        return measure(held_out_objectives(own, layers, config, held_out, rewards), points, advance=advance)
 
 
-def objectives(
+def held_out_objectives(
     model: LanguageModel,
     layers: Layers,
-    examples: Mapping[str, Sequence[Example]],
-    preference: Float[Tensor, " m"] | None,
-    beta: float,
-) -> list[Tensor]:
-    """J of every example under λ, a tensor a dimension; None is the base model."""
-    sides = len(next(iter(examples.values()))[0].rows)
-    rows = [row for found in examples.values() for each in found for row in each.rows]
-    known = [value for found in examples.values() for each in found for value in each.reference]
-    reference = known or [0.0] * len(rows)  # SFT has none
-    values = objective_of(
-        log_likelihoods(model, layers, rows, preference), torch.tensor(reference), sides, beta
-    )
-    return list(torch.split(values, [len(found) for found in examples.values()]))
+    options: "PanaceaConfig",
+    data: Any,
+    rewards: Mapping[str, Reward] | None = None,
+) -> Objectives:
+    """The objectives of held-out data as a function of λ; encodes the data and DPO's reference once."""
+    longest = min(options.max_length, model.context_length)
+    if options.objective == "reward":
+        scored = check_rewards(rewards, options.dimensions)
+        prompts = encode_prompts(model, data, longest - options.max_new_tokens)
+
+        def sampled(preference: Tensor | None) -> list[Tensor]:
+            with same_random_state():  # the same random numbers at every λ
+                torch.manual_seed(options.seed)
+                return sampled_rewards(model, layers, prompts, scored, preference, options.max_new_tokens)
+
+        return sampled
+    examples = encode_examples(model.tokenizer, data, options.dimensions, options.objective, longest)
+    if options.objective == "dpo":
+        examples = with_reference(model, layers, examples)
+    return lambda preference: objectives(model, layers, examples, preference, options.beta)
+
+
+def measure(
+    of: Objectives, preferences: Float[Tensor, "n m"], *, advance: Callable[[], None] = lambda: None
+) -> Measured:
+    """The objectives at every preference vector, and of the base model."""
+    base, found = of(None), []
+    for point in preferences:
+        found.append(of(point))
+        advance()
+    columns = tuple(torch.stack(list(column)) for column in zip(*found, strict=True))
+    return Measured(preferences, columns, torch.stack([values.mean() for values in base]))
+
+
+def reference_point(base: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Where hypervolumes are measured from, by one rule that looks at the base model alone: ``b - |b|``.
+
+    Twice the base's nats for likelihoods and DPO, 0 for rewards that the base gets a positive amount of.
+    """
+    return base - base.abs()

@@ -182,7 +182,7 @@ def fit(
     options: TrainingOptions,
     *,
     progress: bool | None = None,
-    collator: Callable[..., dict[str, Tensor]] | None = None,
+    collator: Callable[..., dict[str, Any]] | None = None,
     check: Callable[[], None] = lambda: None,
     checkpoints: Checkpoints | None = None,
     evaluation: Evaluation | None = None,

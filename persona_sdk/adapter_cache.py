@@ -1,6 +1,6 @@
 """Adapters that are in use: of each a shell stays in memory, while the weights come and go.
 
-A shell is the adapter with `StoredTensors` in place of its tensors: it knows its configuration and digest,
+A shell is the adapter with `LazyBundle` in place of its tensors: it knows its configuration and digest,
 so it can contribute to a plan without its weights. They are read when somebody asks for them, which the
 engine does only if none of its tiers has them. So ten thousand personas cost shells, not weights.
 """
@@ -10,41 +10,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 
-from torch import Tensor
-
 from persona_sdk.adapters import Adapter
 from persona_sdk.memory import MemCube
-from persona_sdk.tensors import Digest, TensorBundle, size_bytes
+from persona_sdk.tensors import Digest, LazyBundle, TensorBundle, present, size_bytes
 
 _WEIGHT_BYTES = 256 * 2**20
 _SHELLS = 65_536
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """A bundle that is read from the store when it is asked for."""
-
-    def __init__(self, read: Callable[[], TensorBundle]) -> None:
-        self.read = read
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.read())
-
-    def __len__(self) -> int:
-        return len(self.read())
-
-
 class PlanTensors(Mapping[Digest, TensorBundle]):
-    """The tensors of a plan; those of stored adapters are read when they are taken, as one bundle."""
+    """The tensors of a plan; what is lazy among them is read when it is taken, as one bundle."""
 
     def __init__(self, tensors: Mapping[Digest, TensorBundle]) -> None:
         self._tensors = tensors
 
     def __getitem__(self, key: Digest) -> TensorBundle:
-        bundle = self._tensors[key]
-        return bundle.read() if isinstance(bundle, StoredTensors) else bundle
+        return present(self._tensors[key])
 
     def __contains__(self, key: object) -> bool:
         return key in self._tensors
@@ -93,7 +74,7 @@ class AdapterCache:
         whole = self._read(cube)  # outside the lock: others need not wait for the disk
         shell = copy.copy(whole)
         shell.__dict__["digest"] = whole.digest
-        object.__setattr__(shell, "tensors", StoredTensors(lambda: self._bundle(cube)))
+        object.__setattr__(shell, "tensors", LazyBundle(lambda: self._bundle(cube)))
         self._keep(cube.id, whole.tensors, cleared)
         with self._lock:
             if cleared == self._cleared:

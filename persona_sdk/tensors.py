@@ -10,7 +10,7 @@ Low-rank bundles use one convention everywhere: ``"<module path>.A"`` with shape
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -24,6 +24,31 @@ TensorBundle: TypeAlias = Mapping[str, Tensor]
 Digest: TypeAlias = str
 
 PREFIX = "prefix"
+
+
+class LazyBundle(Mapping[str, Tensor]):
+    """A bundle that is made or read from a store when somebody asks for a tensor of it.
+
+    Args:
+        read: gives the whole bundle; called at every access, so it may keep what it gave or not.
+    """
+
+    def __init__(self, read: Callable[[], TensorBundle]) -> None:
+        self.read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read())
+
+    def __len__(self) -> int:
+        return len(self.read())
+
+
+def present(bundle: TensorBundle) -> TensorBundle:
+    """The bundle itself, or what a lazy one reads now."""
+    return present(bundle.read()) if isinstance(bundle, LazyBundle) else bundle
 
 
 def freeze(tensors: Mapping[str, Tensor]) -> TensorBundle:

@@ -13,7 +13,8 @@ LAZY = """
 import tempfile
 from persona_sdk import LoRA, PersonaModel
 from persona_sdk import adapter_cache
-from persona_sdk.adapter_cache import AdapterCache, PlanTensors, StoredTensors
+from persona_sdk.adapter_cache import AdapterCache, PlanTensors
+from persona_sdk.tensors import LazyBundle
 from persona_sdk.adapters import AdapterRequest
 from persona_sdk.tensors import digest, low_rank_bundle, size_bytes
 from persona_sdk.testing import HashEmbedder, tiny_language_model
@@ -38,7 +39,7 @@ assert all(whole.digest in tensors for whole in wholes) and len(tensors) == 10
 assert len(reads) == 10, "contributing read weights"
 assert cache.weight_bytes == size_bytes(wholes[9].tensors)
 bundle = tensors[wholes[0].digest]
-assert reads[10:] == ["u0"] and not isinstance(bundle, StoredTensors)
+assert reads[10:] == ["u0"] and not isinstance(bundle, LazyBundle)
 assert digest(bundle) == wholes[0].digest
 model.close()
 print("as expected")
