@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_sdk.adapters.objectives import leave_one_out, log_likelihood, penalised
@@ -90,8 +90,8 @@ class RewardStudent(Student):
         super().__init__(model.module, layers, options)
         self._model, self._rewards = model, rewards
 
-    def forward(self, prompts: list[Prompt]) -> dict[str, Tensor]:
-        """Loss of one batch of prompts."""
+    def forward(self, prompts: list[Prompt], **_: Tensor) -> dict[str, Tensor]:
+        """Loss of one batch of prompts. Their tensors are for the Trainer, which counts tokens."""
         options, n = self.options, self.options.samples_per_prompt
         preference = self.draw(len(prompts))[0].repeat_interleave(n, dim=0)
         asked = [prompt for prompt in prompts for _ in range(n)]
@@ -112,9 +112,11 @@ class RewardStudent(Student):
         return {"loss": -(weight * policy).mean() + self.penalty()}
 
 
-def collate_prompts(batch: Sequence[dict[str, Any]], pad_id: int) -> dict[str, list[Prompt]]:
-    """The prompts of a batch."""
-    return {"prompts": [Prompt(row["text"], tuple(row["input_ids"])) for row in batch]}
+def collate_prompts(batch: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """The prompts of a batch, padded on the left, as a reply follows."""
+    prompts = [Prompt(row["text"], tuple(row["input_ids"])) for row in batch]
+    ids, mask = _padded(prompts, pad_id)
+    return {"prompts": prompts, "input_ids": ids, "attention_mask": mask}
 
 
 @torch.no_grad()
@@ -140,19 +142,21 @@ def sample_replies(model: LanguageModel, prompts: Sequence[Prompt], tokens: int)
     from transformers import GenerationConfig
 
     pad, end = pad_token(model.tokenizer), model.tokenizer.eos_token_id
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.tensor([[pad] * (longest - len(p.ids)) + list(p.ids) for p in prompts], device=model.device)
-    mask = torch.tensor(
-        [[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=model.device
-    )
+    ids, mask = (part.to(model.device) for part in _padded(prompts, pad))
     how = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=tokens, pad_token_id=pad, eos_token_id=end
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=tokens,
+        pad_token_id=pad,
+        eos_token_id=end,
+        use_cache=True,
     )
     with torch.no_grad():
         module: Any = model.module
-        made = module.generate(input_ids=ids, attention_mask=mask, generation_config=how, use_cache=True)
+        made = module.generate(input_ids=ids, attention_mask=mask, generation_config=how)
     rows = []
-    for prompt, reply in zip(prompts, made[:, longest:].tolist(), strict=True):
+    for prompt, reply in zip(prompts, made[:, ids.shape[1] :].tolist(), strict=True):
         stop = reply.index(end) + 1 if end in reply else len(reply)
         labels = [IGNORED] * len(prompt.ids) + reply[:stop]
         rows.append({"input_ids": [*prompt.ids, *reply[:stop]], "labels": labels})
@@ -179,3 +183,11 @@ def score(
                 )
         found.append(list(values.values()))
     return torch.tensor(found)
+
+
+def _padded(prompts: Sequence[Prompt], pad: int) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:
+    """Token ids padded on the left, and their mask."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = [[pad] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
