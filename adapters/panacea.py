@@ -18,6 +18,7 @@ Source: Zhong et al. 2024, Panacea: Pareto Alignment via Preference Adaptation f
 The width-free initialisation, p > 1, a scale per dimension and the sampled objective are ours.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,6 +72,9 @@ class PanaceaConfig(TrainingOptions):
     )
     concentration: float = Field(1.0, gt=0, description="of the Dirichlet distribution of λ")
     vertex_probability: float = Field(0.2, ge=0, le=1, description="that λ is a vertex instead")
+    fixed_preference: tuple[float, ...] | None = Field(
+        None, description="train at this λ alone: one adapter for one preference, to compare with"
+    )
 
     beta: float = Field(0.1, gt=0, description="of DPO")
     kl: float = Field(0.05, ge=0, description="weight of the divergence from the base; objective='reward'")
@@ -97,6 +101,11 @@ class PanaceaConfig(TrainingOptions):
             raise ValueError(
                 "sampled_objective is unbiased for 'sft' and 'dpo' with aggregation='linear' only"
             )
+        fixed = self.fixed_preference
+        if fixed is not None and (
+            len(fixed) != len(names) or min(fixed) < 0 or not math.isclose(math.fsum(fixed), 1)
+        ):
+            raise ValueError(f"fixed_preference {fixed} is no preference vector over {len(names)} dimensions")
         if self.ideal is not None and len(self.ideal) != len(names):
             raise ValueError(f"ideal has {len(self.ideal)} numbers for {len(names)} dimensions")
         return self

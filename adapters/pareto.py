@@ -92,7 +92,8 @@ def objectives(
     """J of every example under λ, a tensor a dimension; None is the base model."""
     sides = len(next(iter(examples.values()))[0].rows)
     rows = [row for found in examples.values() for each in found for row in each.rows]
-    reference = [value for found in examples.values() for each in found for value in each.reference]
+    known = [value for found in examples.values() for each in found for value in each.reference]
+    reference = known or [0.0] * len(rows)  # SFT has none
     values = objective_of(
         log_likelihoods(model, layers, rows, preference), torch.tensor(reference), sides, beta
     )

@@ -98,7 +98,7 @@ class Student(nn.Module):
         width = int(attention_mask[rows].sum(1).max())
         self.tokens += int(attention_mask[rows].sum())
         of_row = preference.repeat_interleave(m * sides, dim=0)[rows]
-        with self._layers.preference.at(of_row.to(input_ids)):
+        with self._layers.preference.at(of_row.to(input_ids.device)):
             batch = (part[rows, :width] for part in (input_ids, attention_mask, labels))
             found = log_likelihood(self.module, *batch)
         values = objective_of(found / self._scale, reference[rows] / self._scale, sides, options.beta)
@@ -116,6 +116,8 @@ class Student(nn.Module):
         law = {"concentration": options.concentration, "vertex": options.vertex_probability}
         own = np.random.default_rng([options.seed, self._step, self._part, int(os.environ.get("RANK", 0))])
         self._part += 1
+        if options.fixed_preference is not None:
+            return torch.tensor(options.fixed_preference).expand(n, m), own
         if options.preference_sampling == "example":
             return sample(n, m, own, **law), own
         shared = np.random.default_rng([options.seed, self._step])

@@ -1,0 +1,160 @@
+"""Numbers for the bars of `benchmarks.panacea`: paired intervals and distances to closed forms. Pure.
+
+    ξ_i(λ)      mean over prompts of what dimension i gets under λ
+    HV(ξ; z)    hypervolume of all points against z; z is the same for all methods, seeds and draws
+    interval    2.5 and 97.5 % quantiles over 1,000 draws of prompts, with replacement. All methods,
+                seeds and preferences see the same draws; the hypervolume is taken anew for each
+
+The reference z is fixed before anything is trained. SFT: what the base model gives. DPO: -3 nats, which is
+J at the optimum of weight exp(-3) = 0.05; the base itself is at -log 2 in every dimension, and where labels
+are opposed no policy is above that in two dimensions at once.
+
+Closed forms, for two dimensions that disagree on everything: a reply of style i costs -log λ_i nats more than
+under the model of style i (SFT); the margin of a pair is logit λ_1 (DPO, linear). Both fronts are
+(log λ_1, log λ_2), whose eleven points have a hypervolume of 7.17 of 9 against z = (-3, -3).
+
+| symbol | argument          | shape                                                          |
+|--------|-------------------|----------------------------------------------------------------|
+| ξ      | ``values``        | [points, prompts, m]; NaN where a dimension lacks the prompt   |
+|        | ``counts``        | [draws, prompts]: how often each prompt was drawn              |
+| λ      | ``preferences``   | [points, m]                                                    |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from persona_sdk.adapters import fronts
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+DRAWS = 1000
+NATS = 3.0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value over all prompts, with the 95 % interval over draws of them."""
+
+    value: float
+    low: float
+    high: float
+
+
+def reference(objective: Literal["sft", "dpo"], base: Float[Array, "1 prompts m"]) -> Float[Array, " m"]:
+    """Z for values of the base model; see the module."""
+    found = means(base)[0]
+    return found if objective == "sft" else np.full_like(found, -NATS)
+
+
+def means(values: Float[Array, "points prompts m"]) -> Float[Array, "points m"]:
+    """ξ: means over the prompts that a dimension has."""
+    return drawn_means(values, np.ones((1, values.shape[1]), dtype=np.int64))[0]
+
+
+def drawn_means(
+    values: Float[Array, "points prompts m"], counts: Int[np.ndarray, "draws prompts"]
+) -> Float[Array, "draws points m"]:
+    """ξ under every draw of prompts."""
+    labelled = ~np.isnan(values[0])
+    total = np.einsum("dq,pqm->dpm", counts, np.nan_to_num(values))
+    return total / (counts @ labelled)[:, None, :]
+
+
+def draws(prompts: int, n: int = DRAWS, seed: int = 0) -> Int[np.ndarray, "draws prompts"]:
+    """How often each prompt is drawn in each of `n` draws with replacement."""
+    return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=n)
+
+
+def hypervolume(points: Float[Array, "points m"], z: Float[Array, " m"]) -> float:
+    """Of one set of points."""
+    return fronts.hypervolume(torch.from_numpy(points), torch.from_numpy(z))
+
+
+def hypervolumes(
+    runs: Sequence[Float[Array, "points prompts m"]],
+    z: Float[Array, " m"],
+    counts: Int[np.ndarray, "draws prompts"],
+) -> Float[Array, " draws"]:
+    """The mean over runs (seeds) of one method, for every draw."""
+    found = [[hypervolume(points, z) for points in drawn_means(values, counts)] for values in runs]
+    return np.mean(found, axis=0)
+
+
+def compare(
+    ours: Sequence[Float[Array, "points prompts m"]],
+    theirs: Sequence[Float[Array, "others prompts m"]],
+    z: Float[Array, " m"],
+    *,
+    how: Literal["difference", "ratio"] = "difference",
+    n: int = DRAWS,
+    seed: int = 0,
+) -> Interval:
+    """Hypervolume of one method less that of another, or over it; paired over prompts, means over seeds."""
+    prompts = ours[0].shape[1]
+    if {values.shape[1] for values in (*ours, *theirs)} != {prompts}:
+        raise ValueError("All runs must have the same held-out prompts.")
+    whole = np.ones((1, prompts), dtype=np.int64)
+    counts = np.concatenate([whole, draws(prompts, n, seed)])
+    first, second = (hypervolumes(runs, z, counts) for runs in (ours, theirs))
+    found = first - second if how == "difference" else first / second
+    low, high = np.quantile(found[1:], [0.025, 0.975])
+    return Interval(float(found[0]), float(low), float(high))
+
+
+def worst_rank_correlation(
+    preferences: Float[Array, "points m"], runs: Sequence[Float[Array, "points prompts m"]]
+) -> float:
+    """The least Spearman correlation of λ_i with ξ_i, over dimensions and seeds."""
+    weights = torch.from_numpy(preferences)
+    return min(
+        value
+        for values in runs
+        for value in fronts.rank_correlations(weights, torch.from_numpy(means(values)))
+    )
+
+
+def excess(
+    preferences: Float[Array, "points m"], values: Float[Array, "points prompts m"]
+) -> Float[Array, "points m"]:
+    """Nats that each dimension lies below its vertex; -log λ_i for the mixture of disjoint styles."""
+    found = means(values)
+    at = [int(np.flatnonzero(preferences[:, i] == 1)[0]) for i in range(preferences.shape[1])]
+    return found[at, range(len(at))] - found
+
+
+@dataclass(frozen=True, eq=False)
+class MarginErrors:
+    """Mean margin of one dimension against logit λ, at every weight but 0, 1/2 and 1.
+
+    Args:
+        weights: λ_1.
+        margins: mean over the conflicting pairs.
+        relative: ``|margin - logit| / |logit|``.
+        slope: of margins over logits, through the origin, by least squares; 1 is calibrated.
+    """
+
+    weights: Float[Array, " points"]
+    margins: Float[Array, " points"]
+    relative: Float[Array, " points"]
+    slope: float
+
+
+def margin_errors(weights: Float[Array, " points"], margins: Float[Array, "points pairs"]) -> MarginErrors:
+    """How far DPO's margins on conflicting pairs are from their closed form."""
+    inner = (weights > 1e-6) & (weights < 1 - 1e-6) & (np.abs(weights - 0.5) > 1e-6)
+    if not inner.any():
+        raise ValueError(f"No weight of {weights.tolist()} has a logit to compare with.")
+    weights, found = weights[inner], margins[inner].mean(axis=1)
+    logits = np.log(weights) - np.log1p(-weights)
+    slope = float(found @ logits / (logits @ logits))
+    return MarginErrors(weights, found, np.abs(found - logits) / np.abs(logits), slope)
+
+
+def mixture_front(preferences: Float[Array, "points m"], floor: float = 1e-3) -> Float[Array, "points m"]:
+    """The closed form of disjoint styles, as nats above the vertices; weights are cut at `floor`."""
+    return np.log(np.clip(preferences, floor, 1.0))
