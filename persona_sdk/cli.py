@@ -1,4 +1,4 @@
-"""The ``persona`` command: chat, personas, models, doctor; `cli_memory`, `cli_pareto`. A command is one call."""
+"""The ``persona`` command: chat, personas, models, doctor, `cli_memory`, `cli_pareto`. Thin: a call each."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -130,7 +131,8 @@ def _require_writable(*targets: Path | None) -> None:
     """Known before the measurement and not after it."""
     given = [target.absolute() for target in targets if target is not None]
     for target in given:
-        if target.is_dir() or not os.access(target.parent, os.W_OK) or given.count(target) > 1:
+        fits = target.parent.is_dir() and os.access(target.parent, os.W_OK) and not target.is_dir()
+        if not fits or given.count(target) > 1:
             raise InvalidInputError(
                 f"{target} cannot be written.",
                 hint="Name a file of its own for each, in a folder that exists and lets you write.",
@@ -203,4 +205,4 @@ def _print_whole(table: Table) -> None:
     """As wide as it needs: a digit that is cut off would be a wrong number."""
     unbounded = console.options.update(max_width=10_000)
     needed = Measurement.get(console, unbounded, table).maximum
-    console.print(table, width=max(needed, console.width), crop=False, no_wrap=True, soft_wrap=True)
+    Console(width=max(needed, console.width)).print(table)
