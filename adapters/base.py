@@ -158,13 +158,31 @@ class LearnsOnline(Protocol):
 class Steerable(Protocol):
     """A family whose gates follow named numbers, so that they may change while a reply is being written."""
 
-    def controls(self, state: State) -> tuple[str, ...]:
-        """Names of the controls."""
+    def controls(self, state: State) -> Mapping[str, float]:
+        """Present values of the controls, by name."""
         ...
 
     def steered(self, state: State, controls: Mapping[str, float]) -> State:
         """The state with some controls changed; raises `InvalidInputError` for values it cannot use."""
         ...
+
+
+def controls_of(adapter: Adapter, state: State) -> Mapping[str, float]:
+    """Present values of an adapter's controls; none for a family that is not `Steerable`."""
+    return adapter.controls(state) if isinstance(adapter, Steerable) else {}
+
+
+def steered(adapter: Adapter, state: State, controls: Mapping[str, float]) -> State:
+    """The state after those of the named controls were changed that the adapter has.
+
+    Raises:
+        InvalidInputError: values that it cannot use.
+    """
+    if not controls or not isinstance(adapter, Steerable):
+        return state
+    known = adapter.controls(state)
+    own = {name: value for name, value in controls.items() if name in known}
+    return adapter.steered(state, own) if own else state
 
 
 @runtime_checkable

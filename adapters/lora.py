@@ -27,6 +27,8 @@ from pydantic import Field
 
 from persona_sdk.adapters import folders, lowrank, peft_format
 from persona_sdk.adapters.base import Adapter, AdapterRequest, State, language_model
+from persona_sdk.adapters.checkpoints import Checkpoints
+from persona_sdk.adapters.evaluation import Evaluation
 from persona_sdk.adapters.training import TrainingOptions, TrainingReport, train_low_rank
 from persona_sdk.errors import IncompatibleAdapterError, InvalidInputError, UnsupportedAdapterError
 from persona_sdk.models import LanguageModel
@@ -86,7 +88,16 @@ class LoRA(Adapter):
             folders.require_finite(name, tensor)
 
     @classmethod
-    def train(cls, model: Any, data: Any, config: Any = None, *, progress: bool | None = None) -> Self:
+    def train(
+        cls,
+        model: Any,
+        data: Any,
+        config: Any = None,
+        *,
+        progress: bool | None = None,
+        checkpoints: Checkpoints | None = None,
+        evaluation: Evaluation | None = None,
+    ) -> Self:
         """Train on pairs, chats or raw texts (`persona_sdk.adapters.training_data`).
 
         Args:
@@ -94,9 +105,11 @@ class LoRA(Adapter):
             data: the rows.
             config: a `LoRAConfig`, a mapping of its options, or None for the defaults.
             progress: show a bar on stderr; None shows it on a terminal.
+            checkpoints: where to keep checkpoints, and to go on from.
+            evaluation: how to score the weights; the adapter gets those of the best score.
 
         Raises:
-            InvalidInputError: unusable data, options or target modules.
+            InvalidInputError: unusable data, options or target modules, or checkpoints of another run.
             AdapterError: training diverged; no adapter is made.
         """
         base, options = language_model(model), cls.configure(config)
@@ -110,6 +123,8 @@ class LoRA(Adapter):
             alpha=options.scale * options.rank,
             dropout=options.dropout,
             progress=progress,
+            checkpoints=checkpoints,
+            evaluation=evaluation,
         )
         return cls(
             base=base.fingerprint, config=bound(options, base, modules), tensors=tensors, report=report

@@ -1,38 +1,40 @@
 """Causal-LM training beside a frozen base, by transformers' Trainer and peft.
 
-The base model is borrowed, not copied: peft puts its layers into it while training. `borrowed` holds the
-model's lock, takes a picture of the module tree before and restores it afterwards, whatever happened in
-between, together with the caller's random state. Nothing is written outside a temporary folder.
-
     TrainingOptions   what to do, in the names of transformers.TrainingArguments
     fit               any module with trainable parameters around the base, on rows of token ids
     train_low_rank    peft LoRA layers on chosen modules -> a low-rank bundle
     TrainingReport    what it took
 
+The base is borrowed (`persona_sdk.adapters.borrowing`). Nothing is written outside a temporary folder, unless
+`Checkpoints` name one; an `Evaluation` picks the best weights and stops early. Under torchrun or
+``accelerate launch`` every process trains on its share of the rows.
+
 On one machine and device the same data, options and seed give the same weights, bit by bit on CPU.
 """
 
 import logging
-import math
-import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import numpy
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from persona_sdk.adapters import peft_format
+from persona_sdk.adapters.borrowing import borrowed
+from persona_sdk.adapters.checkpoints import Checkpoints, describe_run
+from persona_sdk.adapters.evaluation import Evaluation, HeldOut
+from persona_sdk.adapters.random_state import seed_everything
+from persona_sdk.adapters.resumable import Resumable, learned_tensors
 from persona_sdk.adapters.training_data import Row, collate, encode_rows, pad_token
+from persona_sdk.adapters.watch import diverged, watch
 from persona_sdk.config import FrozenConfig
-from persona_sdk.errors import AdapterError
+from persona_sdk.errors import InvalidInputError
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import TensorBundle, low_rank_bundle
 
@@ -52,6 +54,7 @@ class TrainingOptions(FrozenConfig):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_length: int = Field(512, ge=2, description="tokens per row; the context window if that is shorter")
+    bf16: bool = Field(False, description="compute in bfloat16 by autocast; what is trained stays float32")
     seed: int = Field(0, ge=0, lt=2**32)
 
     @field_validator("max_steps")
@@ -70,9 +73,13 @@ class TrainingReport:
         rows: training rows after encoding.
         steps: optimizer steps.
         tokens: tokens read, padding not counted.
-        seconds: wall time.
+        seconds: wall time; of a resumed run, since it was resumed.
         first_loss: mean loss of the first step.
         last_loss: mean loss of the last step.
+        losses: mean loss of every step.
+        evaluations: step and score of every evaluation.
+        best_step: step of the best score, whose weights these are; None without an evaluation.
+        stopped_early: patience ended the training before its last step.
     """
 
     rows: int
@@ -81,6 +88,10 @@ class TrainingReport:
     seconds: float
     first_loss: float
     last_loss: float
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    evaluations: tuple[tuple[int, float], ...] = ()
+    best_step: int | None = None
+    stopped_early: bool = False
 
 
 def train_low_rank(
@@ -93,6 +104,8 @@ def train_low_rank(
     alpha: float,
     dropout: float = 0.0,
     progress: bool | None = None,
+    checkpoints: Checkpoints | None = None,
+    evaluation: Evaluation | None = None,
 ) -> tuple[TensorBundle, TrainingReport]:
     """Train LoRA factors on the named modules; the scale ``alpha / rank`` ends up in B.
 
@@ -105,14 +118,24 @@ def train_low_rank(
         alpha: LoRA's alpha.
         dropout: on the input of A, while training.
         progress: show a bar; None shows it on a terminal.
+        checkpoints: where to keep checkpoints, and to go on from.
+        evaluation: how to score the weights; those of the best score are returned.
 
     Raises:
-        InvalidInputError: unusable data.
+        InvalidInputError: unusable data, or checkpoints of another run.
         AdapterError: the loss or the weights became NaN or infinite.
     """
     rows = encode_rows(model.tokenizer, data, min(options.max_length, model.context_length))
     with lora_layers(model, modules, seed=options.seed, rank=rank, alpha=alpha, dropout=dropout) as factors:
-        report = fit(model, model.module, rows, options, progress=progress)
+        report = fit(
+            model,
+            model.module,
+            rows,
+            options,
+            progress=progress,
+            checkpoints=checkpoints,
+            evaluation=evaluation,
+        )
         return factors(), report
 
 
@@ -161,6 +184,9 @@ def fit(
     progress: bool | None = None,
     collator: Callable[..., dict[str, Tensor]] | None = None,
     check: Callable[[], None] = lambda: None,
+    checkpoints: Checkpoints | None = None,
+    evaluation: Evaluation | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> TrainingReport:
     """Train whatever in `trainable` asks for gradients. Call it inside `borrowed`.
 
@@ -169,16 +195,23 @@ def fit(
         trainable: takes ``input_ids, attention_mask, labels`` and returns an output with a ``loss``.
         rows: encoded rows.
         options: how to train.
-        progress: show a bar; None shows it on a terminal.
-        collator: makes a batch of rows, given ``pad_id``; None: `collate`.
+        progress: show a bar; None shows it on a terminal. Under torchrun only the first process has one.
+        collator: makes a batch of rows, given ``pad_id``; None: `collate`. It must not draw random numbers:
+            it runs ahead of the steps, and a resumed run would draw others.
         check: called before every step; what it raises ends the training.
+        checkpoints: where to keep checkpoints, and to go on from.
+        evaluation: how to score the weights; those of the best score are left in `trainable`.
+        callbacks: further ``transformers.TrainerCallback`` objects, such as those for TensorBoard.
 
     Raises:
-        AdapterError: the loss or a weight became NaN or infinite.
+        AdapterError: the loss, a weight or a score became NaN or infinite, or the disk refused a checkpoint.
+        InvalidInputError: the checkpoints found belong to another run.
     """
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     started = time.perf_counter()
+    learned = partial(learned_tensors, trainable, model.module)
+    held_out = None if evaluation is None else HeldOut(evaluation, trainable, learned)
     with tempfile.TemporaryDirectory(prefix="persona-train-") as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -192,151 +225,59 @@ def fit(
             dataloader_pin_memory=False,
             remove_unused_columns=False,
             label_names=["labels"],
-            train_sampling_strategy="group_by_length",
             use_cache=False,
+            ddp_find_unused_parameters=False,
             **options.model_dump(include=set(TrainingOptions.model_fields) - {"max_length"}),
         )
         if arguments.n_gpu > 1:  # one module in memory: no data parallel copies of it
             arguments._n_gpu = 1
-        watch = _watch(progress, check)
-        trainer = Trainer(
+        if arguments.world_size > 1:
+            _require_own_device(model, arguments)
+        watching = watch(progress, check, held_out, checkpoints)
+        trainer: Any = type("PersonaTrainer", (Resumable, Trainer), {})(
             model=trainable,
             args=arguments,
             train_dataset=list(rows),
             data_collator=partial(collator or collate, pad_id=pad_token(model.tokenizer)),
-            callbacks=[watch],
+            callbacks=[watching, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.learned, trainer.held_out, trainer.checkpoints = learned, held_out, checkpoints
+        if checkpoints is not None:
+            judged = evaluation and [evaluation.every, evaluation.patience, evaluation.min_delta]
+            more = {"processes": arguments.world_size, "evaluation": judged}
+            trainer.run = describe_run(
+                options.model_dump(mode="json"), rows, model.fingerprint, learned(), **more
+            )
         try:
-            trainer.train()
+            trainer.go()
         finally:
-            watch.close()
+            watching.close()
+    state = trainer.state
     for name, parameter in trainable.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise _diverged(f"{name} holds NaN or infinity after step {trainer.state.global_step}")
+            raise diverged(f"{name} holds NaN or infinity after step {state.global_step}")
+    losses = tuple(float(entry["loss"]) for entry in state.log_history if "loss" in entry)
     return TrainingReport(
         rows=len(rows),
-        steps=trainer.state.global_step,
-        tokens=int(trainer.state.num_input_tokens_seen),
+        steps=state.global_step,
+        tokens=int(state.num_input_tokens_seen),
         seconds=time.perf_counter() - started,
-        first_loss=watch.losses[0],
-        last_loss=watch.losses[-1],
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        losses=losses,
+        evaluations=tuple(held_out.scores) if held_out else (),
+        best_step=held_out.best_step if held_out else None,
+        stopped_early=bool(held_out and held_out.exhausted and state.global_step < state.max_steps),
     )
 
 
-@contextmanager
-def borrowed(model: LanguageModel) -> Iterator[nn.Module]:
-    """Lend the base module for training: locked, and put back exactly as it was.
-
-    Restores the module tree, hooks, modes, gradient flags and configuration of the module, and the random
-    state of Python, NumPy and torch. Weights are not copied: they are frozen, and nothing may write them.
-    """
-    with model.lock, _same_random_state(), _same_accelerator():
-        picture = [_picture(part.__dict__) for part in model.module.modules()]
-        settings = [
-            _picture(part.__dict__)
-            for part in (model.module.config, getattr(model.module, "generation_config", None))
-            if part is not None
-        ]
-        flags = [(parameter, parameter.requires_grad) for parameter in model.module.parameters()]
-        try:
-            yield model.module
-        finally:
-            for place, content, inner in [*picture, *settings]:
-                place.clear()
-                place.update(content)
-                for mapping, values in inner:
-                    mapping.clear()
-                    mapping.update(values)
-            for parameter, wanted in flags:
-                parameter.requires_grad_(wanted)
-                parameter.grad = None
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch; call it inside `borrowed`, which restores their state."""
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _picture(place: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]:
-    """An object's attributes, and the content of those that are dictionaries (children, hooks, ...)."""
-    content = dict(place)
-    return place, content, [(value, dict(value)) for value in content.values() if isinstance(value, dict)]
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    python, arrays = random.getstate(), numpy.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(arrays)
-
-
-@contextmanager
-def _same_accelerator() -> Iterator[None]:
-    """Trainer keeps process-wide state in accelerate; put back what the caller had there."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    shared = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
-    before = [dict(state) for state in shared]
-    try:
-        yield
-    finally:
-        for state, content in zip(shared, before, strict=True):
-            state.clear()
-            state.update(content)
-
-
-def _diverged(what: str) -> AdapterError:
-    return AdapterError(
-        f"Training diverged: {what}. No adapter was made.",
-        hint="Lower learning_rate, or look for odd rows in the data.",
-    )
-
-
-def _watch(progress: bool | None, check: Callable[[], None]) -> Any:
-    """A Trainer callback that keeps the losses, stops at the first bad one, asks to go on, draws the bar."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from transformers import TrainerCallback
-
-    show = sys.stderr.isatty() if progress is None else progress
-
-    class Watch(TrainerCallback):  # type: ignore[misc]  # transformers is loaded when first needed
-        def __init__(self) -> None:
-            self.losses: list[float] = []
-            self.bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                disable=not show,
-            )
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar.start()
-            self.task = self.bar.add_task("training", total=state.max_steps, loss="-")
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            check()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" not in (logs or {}):
-                return
-            self.losses.append(float(logs["loss"]))
-            if not math.isfinite(self.losses[-1]):
-                raise _diverged(f"the loss is {self.losses[-1]} at step {state.global_step}")
-            self.bar.update(self.task, completed=state.global_step, loss=f"{self.losses[-1]:.3f}")
-
-        def close(self) -> None:
-            self.bar.stop()
-
-    return Watch()
+def _require_own_device(model: LanguageModel, arguments: Any) -> None:
+    """Each process must have loaded the base where it trains: the Trainer would move it for good."""
+    if model.device.type != arguments.device.type or (model.device.index or 0) != (
+        arguments.device.index or 0
+    ):
+        raise InvalidInputError(
+            f"This process trains on {arguments.device}, and its base model is on {model.device}.",
+            hint="Load the base with device=f'cuda:{os.environ[\"LOCAL_RANK\"]}'.",
+        )

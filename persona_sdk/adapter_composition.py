@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from persona_sdk.adapter_cache import PlanTensors
-from persona_sdk.adapters import Adapter, AdapterRequest
-from persona_sdk.adapters.base import State
+from persona_sdk.adapters import AdapterRequest
+from persona_sdk.adapters.base import controls_of, steered
 from persona_sdk.errors import InvalidInputError, NotFoundError
 from persona_sdk.library import AdapterLibrary, Attachment, Loaded, Unused
 from persona_sdk.memory import MemoryStore
 from persona_sdk.memory.cube import utc_now
-from persona_sdk.plan import CompositionPlan, Contribution, PlanPart
+from persona_sdk.plan import CompositionPlan, PlanPart
 from persona_sdk.tensors import Digest, TensorBundle
 
-PREFERENCE = "preference"
 FACTORS = 10.0  # as far as `Persona.attach` goes
 
 
@@ -33,7 +32,7 @@ class Adjustment:
     Args:
         weight: factor on the strength of every attachment.
         weights: factors by ``owner/name`` of the adapter.
-        preference: put into the state as ``"preference"``, for families that have one.
+        preference: new values by the names of controls, beside what the persona prefers.
     """
 
     weight: float = 1.0
@@ -131,8 +130,7 @@ class _Sum:
     sources: dict[str, Digest] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     weighted: set[str] = field(default_factory=set)
-    preferred: bool = False
-    refusals: list[InvalidInputError] = field(default_factory=list)
+    controls: set[str] = field(default_factory=set)
 
     def skip(self, attachment: Attachment, reason: str) -> None:
         self.skipped.append(f"{attachment.name}: {reason}")
@@ -141,9 +139,9 @@ class _Sum:
         factor = self.adjust.weight * self.adjust.weights.get(attachment.name, 1.0)
         self.weighted.add(attachment.name)
         request = AdapterRequest(origin=loaded.label, weight=attachment.weight * factor)
-        made = self._preferred(loaded.adapter, attachment.state, request)
-        if made is None:
-            made = loaded.adapter.contribute(attachment.state, request)
+        self.controls |= set(controls_of(loaded.adapter, attachment.state))
+        state = steered(loaded.adapter, attachment.state, self.adjust.preference)
+        made = loaded.adapter.contribute(state, request)
         self.parts += made.parts
         self.tensors |= made.tensors
         self.sources[attachment.adapter.cube_id] = attachment.adapter.sha256
@@ -155,23 +153,11 @@ class _Sum:
                 f"{strangers[0]!r} is not attached to {persona!r} or its groups.",
                 hint=f"Attached: {', '.join(sorted(self.weighted)) or 'nothing'}.",
             )
-        if self.adjust.preference and not self.preferred:
-            reason = f"{self.refusals[0]}" if self.refusals else "Nothing is attached."
+        if strangers := sorted(set(self.adjust.preference) - self.controls):
             raise InvalidInputError(
-                f"No adapter of {persona!r} takes the preference {dict(self.adjust.preference)}.", hint=reason
+                f"No adapter of {persona!r} takes the preference {strangers[0]!r}.",
+                hint=f"Known: {', '.join(sorted(self.controls)) or 'none'}.",
             )
-
-    def _preferred(self, adapter: Adapter, state: State, request: AdapterRequest) -> Contribution | None:
-        """The contribution under the preference; None where there is none, or the family takes none."""
-        if not self.adjust.preference:
-            return None
-        try:
-            made = adapter.contribute({**state, PREFERENCE: dict(self.adjust.preference)}, request)
-        except InvalidInputError as error:  # a plain LoRA beside a Panacea: the preference is not for it
-            self.refusals.append(error)
-            return None
-        self.preferred = True
-        return made
 
 
 def _revisions(store: MemoryStore, persona: str, groups: Sequence[str] | None) -> dict[str, int]:

@@ -117,6 +117,15 @@ class Composition:
     contributors: tuple[Contributor, ...] = field(default=(), repr=False)
     blocks: tuple[Span, ...] = ()
 
+    @property
+    def controls(self) -> dict[str, dict[str, float]]:
+        """Values of the adapters' controls before anything is steered, by adapter."""
+        found: dict[str, dict[str, float]] = {}
+        for contributor in self.contributors:
+            if values := contributor.controls:
+                found.setdefault(contributor.name, dict(values))
+        return found
+
 
 class Composer:
     """Builds compositions for one base model over one store.
@@ -156,9 +165,7 @@ class Composer:
         turns = parse_messages(messages)
         revisions: dict[str, int] = {}
         if persona is not None:
-            revisions[persona] = self._store.head(persona)
-            for group in self._store.groups(persona, revision=revisions[persona]):
-                revisions[group] = self._store.head(group)
+            revisions = self._library.revisions(persona)
         contributors, tensors, skipped = self._adapters(revisions, turns[-1].content)
         adapted = tuple(part for contributor in contributors for part in contributor.parts)
         pinned = self._pinned.of(revisions)

@@ -8,14 +8,15 @@ An attachment is pinned to one version of the adapter; attach again to take a ne
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 from weakref import WeakValueDictionary
 
-from persona_sdk import registry
+from persona_sdk import preferred, registry
 from persona_sdk.adapter_cache import AdapterCache
 from persona_sdk.adapters import Adapter, AdapterRequest
+from persona_sdk.adapters.base import controls_of
 from persona_sdk.config import FrozenConfig, validate_id
 from persona_sdk.errors import (
     IncompatibleAdapterError,
@@ -188,26 +189,49 @@ class AdapterLibrary:
 
     def attachments(self, owner: str, *, revision: int | None = None) -> list[Attachment]:
         """Everything attached to a persona at a revision, oldest first."""
-        return [
-            Attachment(
-                cube_id=cube.id,
-                title=cube.header.title,
-                adapter=cube.header.sources[0],
-                **AttachmentFacts.parse(cube.header.attributes).model_dump(),
-            )
-            for cube in self._store.cubes(owner, revision=revision, kind="parametric")
-            if cube.header.semantic_type == "attachment" and cube.header.sources
-        ]
+        return _attachments(self._store.cubes(owner, revision=revision, kind="parametric"))
+
+    def revisions(self, persona: str) -> dict[str, int]:
+        """The newest revisions of a persona and then of its groups, in the order they apply."""
+        own = self._store.head(persona)
+        groups = self._store.groups(persona, revision=own)
+        return {persona: own} | {group: self._store.head(group) for group in groups}
+
+    def preference(self, persona: str, weights: Mapping[str, float]) -> CubeDraft:
+        """What a persona commits to prefer something; see `persona_sdk.preferred`.
+
+        Raises:
+            InvalidInputError: a name that no adapter in its reach has, or weights that one cannot use.
+        """
+        reach = [(found.adapter, at.state) for at, found in self._loaded(self.revisions(persona))]
+        return preferred.draft(weights, reach)
+
+    def preferences(self, owner: str, *, revision: int | None = None) -> list[MemCube]:
+        """The cube of what a persona or group itself prefers at a revision, if it does."""
+        return preferred.stated(self._store.cubes(owner, revision=revision, kind="parametric"))
+
+    def controls(self, persona: str) -> dict[str, dict[str, float]]:
+        """Values of all controls in a persona's reach, by adapter."""
+        found: dict[str, dict[str, float]] = {}
+        for attachment, loaded in self._loaded(self.revisions(persona)):
+            if values := controls_of(loaded.adapter, attachment.state):
+                found.setdefault(attachment.name, dict(values))
+        return found
 
     def reachable(self, revisions: Mapping[str, int]) -> Iterator[tuple[str, Attachment, Loaded | Unused]]:
         """Every attachment of these owners, with whose it is, and its adapter or why that takes no part.
 
         A persona and its groups reach what one of them or `SHARED` owns, once: where it is attached first.
-        Raises like `load`.
+        Its state is that under everybody's preferences. Raises like `load`.
         """
         used: set[str] = set()
-        for owner, revision in revisions.items():
-            for attachment in self.attachments(owner, revision=revision):
+        cubes = {
+            owner: self._store.cubes(owner, revision=revision, kind="parametric")
+            for owner, revision in revisions.items()
+        }
+        preferences = [preferred.weights_of(cubes[owner]) for owner in reversed(list(revisions))]
+        for owner in revisions:
+            for attachment in _attachments(cubes[owner]):
                 where = attachment.adapter
                 if where.owner not in (*revisions, SHARED):
                     yield owner, attachment, Unused.OUT_OF_REACH
@@ -217,7 +241,8 @@ class AdapterLibrary:
                     yield owner, attachment, Unused.ABSENT
                 else:
                     used.add(where.cube_id)
-                    yield owner, attachment, loaded
+                    state = preferred.applied(loaded.adapter, attachment.state, preferences)
+                    yield owner, replace(attachment, state=state), loaded
 
     def load(self, attachment: Attachment) -> Loaded | None:
         """The adapter an attachment is pinned to; None if it is not in this store, as after importing a
@@ -229,6 +254,11 @@ class AdapterLibrary:
         where = attachment.adapter
         cube = self._store.lookup(where.owner, [where.cube_id]).get(where.cube_id)
         return None if cube is None else Loaded(self._cache.get(cube), f"{attachment.name}@{cube.revision}")
+
+    def _loaded(self, revisions: Mapping[str, int]) -> Iterator[tuple[Attachment, Loaded]]:
+        for _, attachment, found in self.reachable(revisions):
+            if not isinstance(found, Unused):
+                yield attachment, found
 
     def _adapters(self, owner: str) -> list[MemCube]:
         cubes = self._store.cubes(owner, kind="parametric")
@@ -245,6 +275,19 @@ class AdapterLibrary:
         adapter = registry.family(facts.family).from_tensors(facts.base, tensors, facts.config)
         adapter.check_base(self._model.fingerprint, name=f"Adapter {name!r}")
         return adapter
+
+
+def _attachments(cubes: Sequence[MemCube]) -> list[Attachment]:
+    return [
+        Attachment(
+            cube_id=cube.id,
+            title=cube.header.title,
+            adapter=cube.header.sources[0],
+            **AttachmentFacts.parse(cube.header.attributes).model_dump(),
+        )
+        for cube in cubes
+        if cube.header.semantic_type == "attachment" and cube.header.sources
+    ]
 
 
 def commit_edit(

@@ -317,6 +317,7 @@ class PersonaModel:
             dropped_turns=composition.dropped_turns,
             skipped=composition.skipped,
             steers=completion.steers,
+            controls=composition.controls,
             cached_tokens=completion.cached_tokens,
             reused_tokens=completion.reused_tokens,
         )

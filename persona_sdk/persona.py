@@ -1,7 +1,8 @@
 """The bound handle for one user or one group: everything an application does with a persona.
 
 Reads (`chat`, `stream`, `recall`, `history`, `explain`) change nothing. Writes (`remember`, `learn`,
-`attach`, `detach`, `rollback`, `forget`) are commits: each makes one new revision, whole or not at all.
+`attach`, `detach`, `prefer`, `rollback`, `forget`) are commits: each makes one new revision, whole or not
+at all.
 """
 
 import asyncio
@@ -221,6 +222,35 @@ class Persona:
             return {"retire": attached}
 
         return self._edit(f"detach {full}", changes)
+
+    def prefer(self, /, **weights: float) -> Revision:
+        """Say how much of each named quality is wanted, from now on: ``prefer(concise=0.7, detailed=0.3)``.
+
+        A preference takes the place of the one before and reaches every adapter that this persona uses, those
+        of its groups included. What is left of 1 goes to the qualities not named. What a group prefers is the
+        default of its members. Without any weight the preference is taken back.
+
+        Args:
+            **weights: by the names that `preferences` lists.
+
+        Raises:
+            InvalidInputError: an unknown name, or weights an adapter cannot use: negative, NaN, all zero.
+            NotFoundError: there is no preference to take back.
+        """
+        library = self._model.adapters
+        drafts = [library.preference(self.id, weights)] if weights else []
+
+        def changes() -> dict[str, Any]:
+            before = [cube.id for cube in library.preferences(self.id)]
+            if not weights and not before:
+                raise NotFoundError(f"{self.id!r} prefers nothing.", hint="Name weights to prefer something.")
+            return {"retire": before}
+
+        return self._edit("prefer", changes, add=drafts)
+
+    def preferences(self) -> dict[str, dict[str, float]]:
+        """What holds now, by adapter and name, with the groups' preferences: ``{"nurses/tone": {...}}``."""
+        return self._model.adapters.controls(self.id)
 
     def export_peft(self, folder: str | Path, **options: Any) -> Materialized:
         """Write everything this persona's adapters add up to, its groups' included, as one PEFT LoRA folder.

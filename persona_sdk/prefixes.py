@@ -212,9 +212,7 @@ class PrefixLibrary:
 
     def _stable(self, owner: str, system: str) -> _Stable | None:
         """The stable prefix now; None if the store changed under it."""
-        revisions = {owner: self._store.head(owner)}
-        for group in self._store.groups(owner, revision=revisions[owner]):
-            revisions[group] = self._store.head(group)
+        revisions = self._library.revisions(owner)
         # Before composing: what is missing here cannot take part below, and what takes part is a source.
         sources = self._adapter_sources(revisions)
         turns = [Message(role="system", content=system)] if system else []
@@ -248,8 +246,9 @@ class PrefixLibrary:
         return _Stable(composition, tokens, tuple(unique.values()), facts)
 
     def _adapter_sources(self, revisions: Mapping[str, int]) -> list[Source]:
-        """The attachments within reach at these revisions, and their adapters."""
-        sources = []
+        """The attachments within reach at these revisions, their adapters, and what gates those."""
+        preferences = [self._library.preferences(owner, revision=n) for owner, n in revisions.items()]
+        sources = [Source.of(cube) for cubes in preferences for cube in cubes]
         for owner, attachment, found in self._library.reachable(revisions):
             if found is not Unused.OUT_OF_REACH:
                 where = attachment.adapter

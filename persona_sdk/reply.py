@@ -26,7 +26,8 @@ class Reply:
     ``str(reply)`` is the text. The same prompt tokens, plan, seed and steers give the same tokens if the base
     weights are float32; in another `precision` the batch a row was in rounds along. Adapters are read in
     `branch_precision`. ``cached_tokens`` of the
-    prompt came from kept keys and values. ``reused_tokens`` of it have those of a memory that was computed
+    prompt came from kept keys and values. ``controls`` are the preferences the reply began with, by adapter
+    and name. ``reused_tokens`` of it have those of a memory that was computed
     apart, which an engine does only when told to (`EngineOptions.block_reuse`). With any, the tokens are
     those of an approximation: an engine with other options gives others.
     """
@@ -45,6 +46,7 @@ class Reply:
     dropped_turns: int = 0
     skipped: tuple[str, ...] = ()
     steers: tuple[Steer, ...] = ()
+    controls: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     cached_tokens: int = field(default=0, compare=False)
     reused_tokens: int = field(default=0, compare=False)
 
@@ -209,6 +211,9 @@ class Explanation:
                 rows.append(("KV prefix", f"{part.origin}  {part.length} tokens {part.cache[:12]}"))
             elif isinstance(part, DecodingRule):
                 rows.append(("decoding rule", f"{part.origin}  {len(part.bias)} tokens"))
+        for adapter, controls in reply.controls.items():
+            values = ", ".join(f"{name} {value:.3g}" for name, value in controls.items())
+            rows.append(("preference", f"{adapter}  {values}"))
         for passage in reply.citations:
             pinned = passage.header.pinned
             score = "" if pinned else f"{passage.score:.2f}  "

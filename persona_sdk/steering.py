@@ -11,7 +11,8 @@ differ: then the engine changes gates and touches no weight. What is steered end
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from persona_sdk.adapters import Adapter, AdapterRequest, State, Steerable
+from persona_sdk.adapters import Adapter, AdapterRequest, State
+from persona_sdk.adapters.base import controls_of, steered
 from persona_sdk.errors import CompositionError, InvalidInputError
 from persona_sdk.plan import LowRankPatch, PlanPart
 
@@ -33,19 +34,22 @@ class Contributor:
     first: int
 
     @property
+    def controls(self) -> Mapping[str, float]:
+        """Present values of its controls."""
+        return controls_of(self.adapter, self.state)
+
+    @property
     def patches(self) -> tuple[LowRankPatch, ...]:
         """Its low-rank patches."""
         return tuple(part for part in self.parts if isinstance(part, LowRankPatch))
 
     def steered(self, controls: Mapping[str, float], weight: float | None) -> "Contributor":
-        """The same adapter after a change.
+        """The same adapter after a change; controls that it does not have are another one's.
 
         Raises:
             CompositionError: more than gates would change.
         """
-        state = self.state
-        if controls and isinstance(self.adapter, Steerable):
-            state = self.adapter.steered(state, controls)
+        state = steered(self.adapter, self.state, controls)
         request = self.request if weight is None else replace(self.request, weight=weight)
         parts = self.adapter.contribute(state, request).parts or tuple(map(_off, self.parts))
         if list(map(_without_gate, parts)) != list(map(_without_gate, self.parts)):
@@ -77,19 +81,15 @@ class Steering:
                 raise InvalidInputError(
                     f"{name}={value!r} cannot be used.", hint="Expected a number in [-10, 10]."
                 )
-        known = {c.name: self._controls(c) for c in self._contributors}
-        strangers = set(weights) - set(known) | set(controls) - {n for names in known.values() for n in names}
-        if strangers:
-            steerable = sorted({name for names in known.values() for name in names})
+        attached = [c.name for c in self._contributors]
+        steerable = sorted({name for c in self._contributors for name in c.controls})
+        if strangers := set(weights) - set(attached) | set(controls) - set(steerable):
             raise InvalidInputError(
                 f"This reply has no {sorted(strangers)[0]!r} to steer.",
                 hint=f"Controls: {', '.join(steerable) or 'none'}; "
-                f"attachments: {', '.join(known) or 'none'}.",
+                f"attachments: {', '.join(attached) or 'none'}.",
             )
-        changed = [
-            c.steered({n: controls[n] for n in known[c.name] if n in controls}, weights.get(c.name))
-            for c in self._contributors
-        ]
+        changed = [c.steered(controls, weights.get(c.name)) for c in self._contributors]
         gates = {}
         for before, after in zip(self._contributors, changed, strict=True):
             for place, (old, new) in enumerate(zip(before.patches, after.patches, strict=True)):
@@ -97,11 +97,6 @@ class Steering:
                     gates[before.first + place] = new.gate
         self._contributors = changed
         return gates
-
-    @staticmethod
-    def _controls(contributor: Contributor) -> tuple[str, ...]:
-        adapter = contributor.adapter
-        return adapter.controls(contributor.state) if isinstance(adapter, Steerable) else ()
 
 
 def _off(part: PlanPart) -> PlanPart:

@@ -64,12 +64,14 @@ class Tilting(Adapter):
     def from_pretrained(cls, folder: str | Path, *, base: Any = None) -> Self:
         raise AssertionError("not used")
 
+    def controls(self, state: Mapping[str, Any]) -> dict[str, float]:
+        return {"concise": 1.0, "detailed": 1.0, **state.get("tilt", {})}
+
+    def steered(self, state: Mapping[str, Any], controls: Mapping[str, float]) -> dict[str, Any]:
+        return {**state, "tilt": {**self.controls(state), **controls}}
+
     def contribute(self, state: Mapping[str, Any], request: Any) -> Contribution:
-        preference = state.get("preference", {})
-        if not set(preference) <= {"concise", "detailed"}:
-            raise InvalidInputError(f"No objective of {sorted(preference)} is known.")
-        tilt = preference.get("concise", 1.0), preference.get("detailed", 1.0)
-        gate = tuple(request.weight * value for value in tilt)
+        gate = tuple(request.weight * value for value in self.controls(state).values())
         parts = [LowRankPatch(factors=self.digest, rank=2, gate=gate, origin=request.origin)]
         tensors = {self.digest: self.tensors}
         if width := state.get("prefix"):
@@ -353,7 +355,7 @@ class TestWho:
         assert (voice.gate, facts.gate, tone.gate) == ((0.8,) * 4, (-0.5,) * 3, (1.5,) * 2)
         with pytest.raises(InvalidInputError, match=r"No adapter of 'alice' takes .*rude"):
             composed(people, "alice", adjust=Adjustment(preference={"rude": 1.0}))
-        with pytest.raises(InvalidInputError, match="does not fit a LoRA of rank 4"):
+        with pytest.raises(InvalidInputError, match=r"No adapter of 'carol' takes .*concise"):
             composed(people, "carol", adjust=wanted)
 
 

@@ -20,7 +20,7 @@ class Blend(LoRA):
     """Two named halves of the rank directions, each with a strength of its own."""
 
     def controls(self, state):
-        return ("concise", "detailed")
+        return {"concise": 0.5, "detailed": 0.5, **state}
 
     def steered(self, state, controls):
         if any(value < 0 for value in controls.values()):

@@ -1,7 +1,9 @@
 """What every adapter family promises, checked for each registered one."""
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,11 @@ import pytest
 import torch
 
 from persona_sdk import registry
-from persona_sdk.adapters import Adapter, AdapterRequest
+from persona_sdk.adapters import Adapter, AdapterRequest, State, Steerable
 from persona_sdk.engine import Engine, Request
 from persona_sdk.errors import IncompatibleAdapterError, InvalidInputError, NotFoundError, PersonaError
 from persona_sdk.models import LanguageModel
-from persona_sdk.plan import CompositionPlan, Contribution
+from persona_sdk.plan import CompositionPlan, Contribution, LowRankPatch, PlanPart
 from persona_sdk.tensors import digest
 from persona_sdk.testing import tiny_language_model
 
@@ -26,6 +28,11 @@ PROMPTS = [(5, 60, 99, 130), (17,), (200, 201, 202, 203, 204, 205, 206)]
 @pytest.fixture(params=sorted(FAMILIES))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(params=[name for name in sorted(FAMILIES) if issubclass(registry.family(name), Steerable)])
+def steerable(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
 
 
 @pytest.fixture
@@ -223,3 +230,51 @@ def test_adapters_are_values(family: Family, tiny: LanguageModel) -> None:
         one.base = "x"  # type: ignore[misc]
     with pytest.raises(TypeError):
         one.tensors["x"] = torch.zeros(1)  # type: ignore[index]
+
+
+def test_controls_are_numbers_and_steering_to_them_changes_nothing(
+    steerable: Family, tiny: LanguageModel
+) -> None:
+    adapter: Any = steerable.random(tiny, 0)
+    for state in (steerable.state, steerable.zero_state):
+        controls = dict(adapter.controls(state))
+        assert controls
+        assert all(type(value) is float and math.isfinite(value) for value in controls.values())
+        after = adapter.steered(state, controls)
+        assert adapter.controls(after) == pytest.approx(controls)
+        assert json.loads(json.dumps(after)) == after
+        for old, new in zip(patches(adapter, state), patches(adapter, after), strict=True):
+            assert new.gate == pytest.approx(old.gate)
+
+
+def test_steering_is_pure_and_changes_gates_only(steerable: Family, tiny: LanguageModel) -> None:
+    adapter: Any = steerable.random(tiny, 0)
+    before = json.dumps(steerable.state)
+    for name in adapter.controls(steerable.state):
+        after = adapter.steered(steerable.state, {name: 0.5})
+        assert adapter.controls(after)[name] == pytest.approx(0.5)
+        assert after == adapter.steered(steerable.state, {name: 0.5})
+        assert json.loads(json.dumps(after)) == after
+        old, new = (adapter.contribute(state, REQUEST).parts for state in (steerable.state, after))
+        assert list(map(ungated, new)) == list(map(ungated, old))
+        assert new != old
+    assert json.dumps(steerable.state) == before
+
+
+def test_steering_refuses_strange_names_and_numbers_that_are_none(
+    steerable: Family, tiny: LanguageModel
+) -> None:
+    adapter: Any = steerable.random(tiny, 0)
+    first = next(iter(adapter.controls(steerable.state)))
+    for controls in ({"no family has this control": 0.5}, {first: math.nan}, {first: math.inf}):
+        with pytest.raises(InvalidInputError):
+            adapter.steered(steerable.state, controls)
+
+
+def patches(adapter: Adapter, state: State) -> list[LowRankPatch]:
+    parts = adapter.contribute(state, REQUEST).parts
+    return [part for part in parts if isinstance(part, LowRankPatch)]
+
+
+def ungated(part: PlanPart) -> PlanPart:
+    return replace(part, gate=(1.0,) * part.rank) if isinstance(part, LowRankPatch) else part
