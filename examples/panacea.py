@@ -1,6 +1,6 @@
-"""One adapter, every preference: train two styles, give each user a mix, steer a running reply, export one mix.
+"""One adapter, every preference: train two styles, give each user a mix, steer a reply, export one mix.
 
-Runs on a tiny random model in seconds, with real models the calls are the same.
+Runs on a tiny random model in seconds; with real models the calls are the same.
 """
 
 import random
@@ -15,10 +15,8 @@ from persona_sdk.testing import tiny_language_model
 
 PROMPT = "Is it warm?"
 WORDS = ("hm", "HA")
-ODDS = {
-    "calm": (4, 1),
-    "loud": (1, 4),
-}  # of the words of a reply; what was said before says nothing of the style
+# Every word is drawn anew: the style must come from the preference, not from the words before.
+ODDS = {"calm": (4, 1), "loud": (1, 4)}
 draw = random.Random(0)
 DATA = {
     style: [(PROMPT, " ".join(draw.choices(WORDS, odds, k=12))) for _ in range(16)]
@@ -55,7 +53,7 @@ def main() -> None:
             tokens = stream.reply.tokens
             (steer,) = stream.reply.steers
             before, after = map(base.tokenizer.decode, (tokens[: steer.token], tokens[steer.token :]))
-            print(f"Steered while it was written: {before[-12:]}|{after[:12]}")
+            print(f"Steered while it was written: {before[-12:]}|{after[:24]}")
 
         adapter.export_peft(folder / "half", preference={"calm": 0.5})
         plain = LoRA.from_pretrained(folder / "half", base=base)

@@ -33,9 +33,6 @@ def test_example(path, tmp_path):
     if path.name == "panacea.py":
         assert "ann {'calm': 1.0, 'loud': 0.0}: hm hm" in printed
         assert "bob {'calm': 0.0, 'loud': 1.0}: HA HA" in printed
-        before, after = printed.split("Steered while it was written: ")[1].splitlines()[0].split("|")
-        assert "hm" in before
-        assert "HA" in after
     if path.name == "demo.py":
         for told in (
             "base",
