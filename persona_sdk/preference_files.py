@@ -85,15 +85,15 @@ class PreferenceFile:
     data: dict[str, list[dict[str, str]]] = field(repr=False)
 
 
-def read(path: Path, dimensions: Sequence[str], objective: Literal["sft", "dpo"]) -> PreferenceFile:
-    """Read the rows of some dimensions.
+def read(path: Path, dimensions: Sequence[str] | None, objective: Literal["sft", "dpo"]) -> PreferenceFile:
+    """Read the rows of some dimensions; None for all that the file names, in the order it does.
 
     Raises:
         NotFoundError: there is no such file.
         InvalidInputError: it cannot be read, a row cannot be used, or a dimension has no row.
     """
     content = _bytes(path)
-    data: dict[str, list[dict[str, str]]] = {name: [] for name in dimensions}
+    data: dict[str, list[dict[str, str]]] = {name: [] for name in dimensions or ()}
     rows = 0
     # not splitlines(), which also splits inside of texts, at U+2028
     for number, line in enumerate(_unpacked(path, content).split(b"\n"), start=1):
@@ -102,13 +102,15 @@ def read(path: Path, dimensions: Sequence[str], objective: Literal["sft", "dpo"]
         rows += 1
         row = _parsed(f"{path}, line {number}", line, objective)
         for name, part in row.parts():
-            if name in data:
-                data[name].append(part)
+            if dimensions is None or name in data:
+                data.setdefault(name, []).append(part)
             elif not isinstance(row, _Labelled):
                 raise InvalidInputError(
                     f"{path}, line {number}: {name!r} is no dimension.",
                     hint=f"Dimensions: {', '.join(dimensions)}.",
                 )
+    if not rows:
+        raise InvalidInputError(f"{path} has no rows.", hint=_FORMS[objective])
     if absent := [name for name, found in data.items() if not found]:
         raise InvalidInputError(f"{path} has no row for {', '.join(absent)}.", hint=_FORMS[objective])
     return PreferenceFile(hashlib.sha256(content).hexdigest(), rows, data)

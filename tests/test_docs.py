@@ -30,9 +30,10 @@ def test_panacea_page(eval_example: EvalExample, tmp_path, monkeypatch):
         for name, pairs in known["data"].items()
         for prompt, reply in pairs
     ]
-    Path("held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (block,) = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    for line in block.splitlines():
+    for name in ("train.jsonl", "held_out.jsonl"):
+        Path(name).write_text("\n".join(map(json.dumps, rows)))
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    for line in "".join(blocks).splitlines():
         command = [sys.executable, "-m", "persona_sdk.cli", *shlex.split(line)[1:], "--model", "model"]
         done = subprocess.run(
             command,
@@ -42,5 +43,6 @@ def test_panacea_page(eval_example: EvalExample, tmp_path, monkeypatch):
             timeout=300,
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert Path("by-command").is_dir()
     assert json.loads(Path("front.json").read_text())["adapter"] == "shared/styles"
     assert Path("front.png").exists()
