@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from persona_sdk.adapters.aggregation import aggregate
+from persona_sdk.adapters.checkpoints import Checkpoints
 from persona_sdk.adapters.objectives import direct_preference, log_likelihood
 from persona_sdk.adapters.preference_data import Example, Reward, encode_examples, items
 from persona_sdk.adapters.preferences import sample
@@ -44,7 +45,7 @@ def train(
     start: TensorBundle,
     rewards: Mapping[str, Reward] | None = None,
     held_out: Any = None,
-    checkpoints: Any = None,
+    checkpoints: Checkpoints | None = None,
     progress: bool | None = None,
 ) -> tuple[TensorBundle, TrainingReport]:
     """Train U, V, σ and s from `start`; arguments and errors as for `Panacea.train`."""
@@ -57,6 +58,7 @@ def train(
         if options.objective == "dpo":
             examples = with_reference(model, layers, examples)
         student = Student(model.module, layers, options, mean_length(examples))
+        evaluation = None  # held_out
         report = fit(
             model,
             student,
@@ -64,7 +66,9 @@ def train(
             options,
             progress=progress,
             collator=_collate,
-            check=student.next_step,
+            checkpoints=checkpoints,
+            evaluation=evaluation,
+            callbacks=[_step_announcer(student)],
         )
         return layers.tensors(), replace(report, tokens=student.tokens)
 
@@ -79,11 +83,11 @@ class Student(nn.Module):
         self._layers, self._options = layers, options
         # DPO's beta belongs to sums of nats: only the likelihoods of SFT are scaled.
         self._scale = scale if options.objective == "sft" else 1.0
-        self._step, self._part = -1, 0
+        self._step, self._part = 0, 0
 
-    def next_step(self) -> None:
-        """An optimizer step begins."""
-        self._step, self._part = self._step + 1, 0
+    def begin(self, step: int) -> None:
+        """An optimizer step begins; steps count from 0, also over an interruption."""
+        self._step, self._part = step, 0
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, reference: Tensor
@@ -132,6 +136,16 @@ class Student(nn.Module):
             J, weights = J.mean(0, keepdim=True), weights[:1]
         ideal = None if options.ideal is None else J.new_tensor(options.ideal)
         return aggregate(J, weights, options.aggregation, ideal=ideal, smoothing=options.smoothing)
+
+
+def _step_announcer(student: Student) -> Any:
+    from transformers import TrainerCallback
+
+    class Announcer(TrainerCallback):  # type: ignore[misc]  # transformers is loaded when first needed
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            student.begin(state.global_step)
+
+    return Announcer()
 
 
 def objective_of(

@@ -30,7 +30,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from persona_sdk.adapters.training import borrowed, seed_everything
+from persona_sdk.adapters.borrowing import borrowed
+from persona_sdk.adapters.random_state import seed_everything
 from persona_sdk.errors import IncompatibleAdapterError
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import TensorBundle, freeze, low_rank_bundle
