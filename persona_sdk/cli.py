@@ -1,4 +1,4 @@
-"""The ``persona`` command: chat, personas, models, doctor, and `cli_memory`. Thin: a command is one call."""
+"""The ``persona`` command: chat, personas, models, doctor; `cli_memory`, `cli_train`, `cli_pareto`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,8 @@ from rich.text import Text
 
 from persona_sdk.cli_common import Model, PersonaId, Store, Yes, console, errors, open_store, require
 from persona_sdk.cli_memory import audit, memory
+from persona_sdk.cli_pareto import pareto
+from persona_sdk.cli_train import train
 from persona_sdk.errors import InvalidInputError, PersonaError
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ app.add_typer(personas, name="personas")
 app.add_typer(models, name="models")
 app.add_typer(memory, name="memory")
 app.add_typer(audit, name="audit")
+app.add_typer(train, name="train")
+app.command()(pareto)
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ def _mark_reference(axis: Any, reference: Tensor) -> None:
         return
     place = {"xycoords": "axes fraction", "fontsize": 8, "color": "#444444"}
     text = f"the reference point ({_number(x, width)}, {_number(y, height)}) is outside"
-    axis.annotate(text, (0.02, 0.02), **place)
+    axis.annotate(text, (0.0, 1.01), **place)  # above the axes, where no point can lie
 
 
 def _triangles(fronts: Mapping[str, Front], reference: Tensor | None) -> Any:

@@ -49,6 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters.fronts": {"errors", "adapters.dominance"},
     "adapters.*": PURE | LOADING | {"prompting", "adapters.*"},
     "front_plots": {"errors", "adapters.dominance", "adapters.fronts"},
+    "preference_files": {"errors"},
+    "pareto_report": {"errors", "models", "preference_files", "adapters.*"},
     # memory stores opaque, hashed blobs and knows nobody
     "memory.*": {"errors", "config", "files", "tensors", "memory.*"},
     # the engine knows plan parts and token ids

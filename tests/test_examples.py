@@ -30,6 +30,9 @@ def run(path: Path, folder: Path, *arguments: str) -> str:
 def test_example(path, tmp_path):
     printed = run(path, tmp_path, *ARGUMENTS.get(path.name, []))
     assert printed.strip()
+    if path.name == "panacea.py":
+        assert "ann {'calm': 1.0, 'loud': 0.0}: hm hm" in printed
+        assert "bob {'calm': 0.0, 'loud': 1.0}: HA HA" in printed
     if path.name == "demo.py":
         for told in (
             "base",
