@@ -203,12 +203,14 @@ def _another_run(path: Path, found: Mapping[str, Any], run: Mapping[str, Any]) -
 
 
 def _hash(value: Any) -> str:
-    def tensor(inner: Any) -> str:
+    def plain(inner: Any) -> Any:
         if isinstance(inner, Tensor):
             return tensors.digest({"": inner})
-        raise TypeError(f"A row holds a {type(inner).__name__}; expected tensors and JSON.")
+        if is_dataclass(inner) and not isinstance(inner, type):
+            return asdict(inner)
+        raise TypeError(f"A row holds a {type(inner).__name__}; expected tensors, dataclasses and JSON.")
 
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=tensor).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=plain).encode()).hexdigest()
 
 
 def _file_hash(path: Path) -> str:

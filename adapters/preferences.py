@@ -21,6 +21,7 @@ Without over-sampled vertices the ends of the front, which λ hits with probabil
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ _ROUNDING = 1e-9
 
 
 def complete(
-    names: Sequence[str], given: Mapping[str, float], present: Sequence[float] | None = None
+    names: Sequence[str], given: Mapping[str, Any], present: Sequence[float] | None = None
 ) -> tuple[float, ...]:
     """The preference vector that some named weights ask for; see the module.
 
@@ -98,7 +99,7 @@ def grid(m: int, divisions: int | None = None) -> Float[Tensor, "n m"]:
     return torch.tensor(np.array(counts)[::-1].copy(), dtype=torch.float32) / steps
 
 
-def _require_usable(names: Sequence[str], given: Mapping[str, float]) -> None:
+def _require_usable(names: Sequence[str], given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name not in names:
             raise InvalidInputError(

@@ -2,21 +2,23 @@
 
 | method            | what is trained                                   | what λ does afterwards           |
 |-------------------|---------------------------------------------------|----------------------------------|
-| panacea           | one SVD-LoRA under drawn λ                        | gates its preference directions  |
-| scale at 0        | the same with s frozen at 0                       | nothing: the control             |
-| joint             | the same at the centre of the simplex             | nothing                          |
-| λ in the prompt   | the same at the centre, λ in a line of the prompt | is written into the prompt       |
+| panacea           | one SVD-LoRA under drawn λ, by `Part.ours`        | gates its preference directions  |
+| as published      | the same with one λ a step for all objectives     | the same                         |
+| scale at 0        | as published, with s frozen at 0                  | nothing: the control             |
+| joint             | one SVD-LoRA at the centre of the simplex         | nothing                          |
+| λ in the prompt   | the same, λ in a line of the prompt               | is written into the prompt       |
 | one per vector    | one adapter for each of m + 1 vectors             | picks one                        |
 | rewarded soups    | one expert for each dimension, at its vertex      | ΔW = Σ_i λ_i B_i A_i             |
-| mixture           | nothing: the experts, or the vertices of panacea  | p = Σ_i λ_i p_i; the oracle      |
+| mixture           | nothing: the experts                              | p = Σ_i λ_i p_i                  |
+| oracle            | experts with the whole compute each               | p = Σ_i λ_i p_i                  |
 
 All are runs of Panacea's trainer, the baselines with ``fixed_preference``, so parametrisation, optimizer,
 loss and data order are the same. All have rank k + m p in every matrix: where one vertex alone is trained,
 the directions of the other dimensions could not take part and are given to the shared part.
 
 *Compute* is optimizer steps times the examples that each runs: an item holds one example of every dimension,
-and those of weight 0 are skipped, so a step of panacea costs m of them, or 1 where λ is a vertex. The steps
-of a method with n runs are ``S · cost of panacea / (n · cost of its run)``. `Method.tokens` has the
+and those of weight 0 are skipped, so a step as published costs m of them, or 1 where λ is a vertex. The steps
+of a method with n runs are ``S · cost as published / (n · cost of its run)``. `Method.tokens` has the
 tokens that were read, to check that; lines with λ in the prompt come on top.
 
 The prompt's λ is drawn for each example of dimension i from p(λ | i) ∝ λ_i p(λ): a vertex as often as for
@@ -169,9 +171,10 @@ class Fit:
     Args:
         model: the base.
         study: the data.
-        options: of panacea; baselines change λ, steps and where the rank goes.
+        options: as published; baselines change λ, steps and where the rank goes.
         score: evaluates policies.
         divisions: of the grid that methods are evaluated on.
+        ours: options of panacea that differ from those.
     """
 
     model: LanguageModel
@@ -179,6 +182,7 @@ class Fit:
     options: PanaceaConfig
     score: Scorer
     divisions: int | None = None
+    ours: Mapping[str, Any] = field(default_factory=dict)
     made: list[Panacea] = field(default_factory=list)
 
     def train(self, options: PanaceaConfig, data: Examples | None = None) -> Panacea:
@@ -200,9 +204,22 @@ class Fit:
 
 
 def panacea(fit: Fit) -> dict[str, Method]:
-    """The method itself, and the mixture of what it serves at the vertices."""
-    policy = fit.adapted(fit.train(fit.options))
-    return {"panacea": fit.method(policy), "mixture of panacea's vertices": fit.method(Mixture(policy))}
+    """The method as this SDK recommends it, with as many steps as the published one's compute allows."""
+    made = changed(fit.options, **fit.ours)
+    steps = round(fit.options.max_steps * cost(fit.options) / cost(made))
+    return {"panacea": fit.method(fit.adapted(fit.train(changed(made, max_steps=steps))))}
+
+
+def published(fit: Fit) -> dict[str, Method]:
+    """The method with one λ a step and all objectives run, as in the paper."""
+    return {"as published": fit.method(fit.adapted(fit.train(fit.options)))}
+
+
+def oracle(fit: Fit) -> dict[str, Method]:
+    """The mixture of one expert for each dimension, each trained with the whole compute."""
+    vertices = [tuple(vertex) for vertex in torch.eye(len(fit.options.dimensions)).tolist()]
+    made = [served(fit.train(at_vector(fit.options, vertex, runs=1)), vertex) for vertex in vertices]
+    return {"oracle": fit.method(Mixture(Adapted(fit.score, lambda preference: soup(made, preference))))}
 
 
 def scale_at_0(fit: Fit) -> dict[str, Method]:
@@ -255,7 +272,10 @@ def experts(fit: Fit) -> dict[str, Method]:
 
 
 KINDS: Mapping[str, Callable[[Fit], dict[str, Method]]] = MappingProxyType(
-    {each.__name__: each for each in (panacea, experts, one_per_vector, joint, prompted, scale_at_0)}
+    {
+        each.__name__: each
+        for each in (panacea, published, experts, oracle, one_per_vector, joint, prompted, scale_at_0)
+    }
 )
 
 

@@ -21,7 +21,7 @@ from benchmarks.panacea_stats import (
 )
 from persona_sdk.adapters import fronts
 
-OURS, SOUPS, ORACLE, CONTROL = "panacea", "rewarded soups", "mixture of the experts", "scale at 0"
+OURS, SOUPS, ORACLE, CONTROL = "panacea", "rewarded soups", "oracle", "scale at 0"
 Cell = Mapping[str, Any]
 
 
@@ -51,9 +51,9 @@ def summarise(
 NOTES = (
     "Compute is steps times examples run, equal for all methods (tokens differ by what is skipped or said in "
     "the prompt). Intervals: 95 %, over 1,000 draws of held-out prompts, means over seeds.",
-    "Hypervolume is measured from the base model's values (SFT) or from -3 nats (DPO), the same point for all "
-    "methods of a seed. 'near' measures it from 3 nats below the experts' own values at their vertices: there "
-    "the middle of the front counts, which the far point hardly sees.",
+    "Hypervolume is measured from the base model's values (SFT) or from -3 nats (DPO), the same point for "
+    "all methods of a seed. 'near' measures it from 3 nats below the experts' own values at their vertices: "
+    "there the middle of the front counts, which the far point hardly sees.",
     "Oracle: log Σ λ_i p_i of the experts; each expert has half (m = 3: a third) of the compute.",
 )
 

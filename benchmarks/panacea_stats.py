@@ -101,7 +101,8 @@ def compare(
     whole = np.ones((1, prompts), dtype=np.int64)
     counts = np.concatenate([whole, draws(prompts, n, seed)])
     first, second = (hypervolumes(runs, z, counts) for runs in (ours, theirs))
-    found = first - second if how == "difference" else first / second
+    nothing = np.zeros_like(first)
+    found = first - second if how == "difference" else np.divide(first, second, nothing, where=second > 0)
     low, high = np.quantile(found[1:], [0.025, 0.975])
     return Interval(float(found[0]), float(low), float(high))
 
