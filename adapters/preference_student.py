@@ -55,15 +55,23 @@ class Student(nn.Module):
         """λ of each example of the next batch, and a generator for what else is drawn with it."""
         options, m = self.options, len(self.options.dimensions)
         law = {"concentration": options.concentration, "vertex": options.vertex_probability}
-        own = np.random.default_rng([options.seed, self._step, self._part, int(os.environ.get("RANK", 0))])
+        # Keys of one length and their own first number: numpy pads with zeros, and equal keys are one stream.
+        own = np.random.default_rng([1, options.seed, self._step, self._part, _rank()])
         self._part += 1
         if options.fixed_preference is not None:
             return torch.tensor(options.fixed_preference).expand(n, m), own
         if options.preference_sampling == "example":
             return sample(n, m, own, **law), own
-        return sample(1, m, np.random.default_rng([options.seed, self._step]), **law).expand(n, m), own
+        return sample(1, m, np.random.default_rng([0, options.seed, self._step, 0, 0]), **law).expand(
+            n, m
+        ), own
 
     def penalty(self) -> Tensor | float:
         """What U and V are charged for not being orthonormal."""
         weight = self.options.orthogonality_weight
         return weight * self.layers.penalty() if weight else 0.0
+
+
+def _rank() -> int:
+    """Number of this process in a launch on several devices."""
+    return int(os.environ.get("RANK", 0))

@@ -9,9 +9,9 @@
 | pairs  | rule-made pairs that brief and formal label opposite | DPO       | panacea, soups, s at 0         |
 | real   | shorter and longer responses to real prompts         | SFT       | panacea, published, soups      |
 
-Prompts are split once; seeds are those of the adapters and of the λ drawn. Base model: SmolLM2-135M in bfloat16;
-what is trained is float32. `panacea_methods` says how compute is counted, `panacea_stats` what the intervals are.
-Data for "real" is not part of the project; see the README of the data folder.
+Prompts are split once; seeds are those of the adapters and of the λ drawn. Base model: SmolLM2-135M in
+bfloat16; what is trained is float32. `panacea_methods` says how compute is counted, `panacea_stats` what the
+intervals are. Data for "real" is not part of the project; see the README of the data folder.
 """
 
 import argparse
@@ -87,7 +87,7 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
 )
 SAMPLED: Mapping[str, Any] = MappingProxyType({"preference_sampling": "example", "sampled_objective": True})
 # The margin of an affine update grows evenly with λ. Vertices, whose margin has no end, make it too steep in
-# between: the best even margin is within 17 % of the logit under this law, within 42 % under the published one.
+# between: the best even margin is within 17 % of the logit under this law, within 46 % under the published.
 CALIBRATED: Mapping[str, Any] = MappingProxyType(
     {"preference_sampling": "example", "concentration": 2.0, "vertex_probability": 0.0}
 )
@@ -166,15 +166,14 @@ class _Run:
         part = PARTS[name]
         options = PanaceaConfig(dimensions=study.dimensions, seed=seed, **self._fields(part))
         methods: dict[str, Any] = {}
+        digest = self._digest(study, options, part)
         for kind in part.kinds:
             if kind in ONCE and seed:
                 continue
             print(f"{name}, seed {seed}: {kind}", file=sys.stderr, flush=True)
-            key = f"{name}-{kind}-{seed}-{self._digest(study, options, part)}"
+            key = f"{name}-{kind}-{seed}-{digest}"
             methods |= cells.run(key, lambda k=kind: self._method(k, study, options, part))
-        base = cells.run(
-            f"{name}-base-{self._digest(study, options, part)}", lambda: self._base(study, options)
-        )
+        base = cells.run(f"{name}-base-{digest}", lambda: self._base(study, options))
         return {
             "dimensions": list(study.dimensions),
             "objective": study.objective,
@@ -191,8 +190,8 @@ class _Run:
 
     def _digest(self, study: panacea_data.Study, options: PanaceaConfig, part: Part) -> str:
         """What the numbers depend on, but for seed and kind, which names say."""
-        fields = options.model_dump(mode="json", exclude={"seed"})
-        facts = [fields, dict(part.ours), study.train, study.held_out, self._divisions(study)]
+        fields = [self._fields(part), dict(part.ours), options.beta]
+        facts = [*fields, study.train, study.held_out, self._divisions(study)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
 
     def _base(self, study: panacea_data.Study, options: PanaceaConfig) -> dict[str, Any]:

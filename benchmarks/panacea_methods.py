@@ -271,11 +271,9 @@ def experts(fit: Fit) -> dict[str, Method]:
     return {"rewarded soups": fit.method(policy), "mixture of the experts": fit.method(Mixture(policy))}
 
 
+_KINDS = (panacea, published, experts, oracle, one_per_vector, joint, prompted, scale_at_0)
 KINDS: Mapping[str, Callable[[Fit], dict[str, Method]]] = MappingProxyType(
-    {
-        each.__name__: each
-        for each in (panacea, published, experts, oracle, one_per_vector, joint, prompted, scale_at_0)
-    }
+    {each.__name__: each for each in _KINDS}
 )
 
 
