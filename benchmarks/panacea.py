@@ -88,9 +88,9 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
 )
 SAMPLED: Mapping[str, Any] = MappingProxyType({"preference_sampling": "example", "sampled_objective": True})
 # The margin of an affine update grows evenly with λ. Vertices, whose margin has no end, make it too steep in
-# between, so there are half as many of them.
+# between: there are fewer of them, and fewer weights near them.
 FEWER_VERTICES: Mapping[str, Any] = MappingProxyType(
-    {"preference_sampling": "example", "vertex_probability": 0.1}
+    {"preference_sampling": "example", "concentration": 1.5, "vertex_probability": 0.05}
 )
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
