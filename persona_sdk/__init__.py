@@ -17,6 +17,7 @@ from persona_sdk.errors import PersonaError
 
 if TYPE_CHECKING:
     from persona_sdk.adapters.lora import LoRA, LoRAConfig
+    from persona_sdk.adapters.panacea import Panacea, PanaceaConfig
     from persona_sdk.compose import ChatOptions
     from persona_sdk.memory import MemCube, MemoryStore, Passage, Receipt, Revision
     from persona_sdk.model import PersonaModel
@@ -36,6 +37,8 @@ _HOMES = {
     "LoRAConfig": "adapters.lora",
     "MemCube": "memory",
     "MemoryStore": "memory",
+    "Panacea": "adapters.panacea",
+    "PanaceaConfig": "adapters.panacea",
     "Passage": "memory",
     "Persona": "persona",
     "PersonaModel": "model",
@@ -54,6 +57,8 @@ __all__ = [
     "LoRAConfig",
     "MemCube",
     "MemoryStore",
+    "Panacea",
+    "PanaceaConfig",
     "Passage",
     "Persona",
     "PersonaError",
