@@ -17,7 +17,8 @@ from persona_sdk.errors import PersonaError
 
 if TYPE_CHECKING:
     from persona_sdk.adapters.lora import LoRA, LoRAConfig
-    from persona_sdk.adapters.panacea import Panacea, PanaceaConfig
+    from persona_sdk.adapters.panacea import Panacea
+    from persona_sdk.adapters.panacea_config import PanaceaConfig
     from persona_sdk.compose import ChatOptions
     from persona_sdk.memory import MemCube, MemoryStore, Passage, Receipt, Revision
     from persona_sdk.model import PersonaModel
@@ -38,7 +39,7 @@ _HOMES = {
     "MemCube": "memory",
     "MemoryStore": "memory",
     "Panacea": "adapters.panacea",
-    "PanaceaConfig": "adapters.panacea",
+    "PanaceaConfig": "adapters.panacea_config",
     "Passage": "memory",
     "Persona": "persona",
     "PersonaModel": "model",

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "front_style": {"errors", "adapters.fronts"},
     "front_maps": {"front_style", "adapters.fronts"},
     "front_plots": {"front_maps", "front_style", "adapters.dominance", "adapters.fronts"},
-    "preference_files": {"errors"},
+    "preference_files": {"errors", "adapters.preference_data"},
     "pareto_report": {"errors", "models", "preference_files", "adapters.*"},
     # memory stores opaque, hashed blobs and knows nobody
     "memory.*": {"errors", "config", "files", "tensors", "memory.*"},

@@ -477,19 +477,21 @@ class TestSteering:
         assert torch.equal(live_logits(model, alice), first)
         assert not close(other, first)
 
-    def test_every_word_but_weights_can_be_a_dimension(self, model, nurses):
-        """Names are keyword arguments: one that a method's own argument had would be out of reach."""
-        names = ("self", "name", "preference", "gates")
+    def test_names_of_arguments_elsewhere_can_be_dimensions(self, model, nurses):
+        names = ("name", "preference", "gates")
         nurses.add_adapter("tone", panacea(model, 0, names))
         nurses.attach(GROUP)
-        nurses.prefer(self=0.5, gates=0.5)
+        nurses.prefer(name=0.5, gates=0.5)
         stream = nurses.stream("Hi", **SHORT)
         next(stream)
-        stream.steer(self=1.0)
-        assert nurses.preferences()[GROUP] == {"self": 0.5, "name": 0.0, "preference": 0.0, "gates": 0.5}
-        assert [steer.gates[0][2:] for steer in stream.reply.steers] == [(1.0, 0.0, 0.0, 0.0)]
-        with pytest.raises(InvalidInputError, match="weights"):
-            panacea(model, 0, ("concise", "weights"))
+        stream.steer(preference=1.0)
+        assert nurses.preferences()[GROUP] == {"name": 0.5, "preference": 0.0, "gates": 0.5}
+        assert [steer.gates[0][2:] for steer in stream.reply.steers] == [(0.0, 1.0, 0.0)]
+
+    @pytest.mark.parametrize("name", ["self", "weights", "class-y", "2nd"])
+    def test_names_that_could_not_be_keywords_of_steer_are_refused(self, tiny, name):
+        with pytest.raises(InvalidInputError, match=f"dimensions .*{name}"):
+            panacea(tiny, 0, ("concise", name))
 
 
 def thirds(dimensions) -> tuple[dict[str, float], dict[str, float]]:
