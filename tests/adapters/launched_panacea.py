@@ -45,7 +45,11 @@ def main(folder: Path) -> None:
         adapter = trained(base, variant, 2)
         adapter.save_pretrained(folder / rank / variant)
         assert adapter.report is not None
-        seen[variant] = {"losses": adapter.report.losses, "evaluations": adapter.report.evaluations}
+        seen[variant] = {
+            "tokens": adapter.report.tokens,
+            "losses": adapter.report.losses,
+            "evaluations": adapter.report.evaluations,
+        }
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
 
