@@ -44,7 +44,7 @@ def measure_hypervolume(
         AdapterError: moocore is not installed.
     """
     values = finite_matrix(values, "values")
-    point = reference_point(reference, values)
+    point = checked_reference(reference, values)
     inside = values[(values > point).all(1)]
     if not len(inside):
         return 0.0, None
@@ -65,7 +65,7 @@ def hypervolume_estimate(
     intervals say.
     """
     values = finite_matrix(values, "values")
-    point = reference_point(reference, values)
+    point = checked_reference(reference, values)
     inside = values[(values > point).all(1)]
     if not len(inside):
         return 0.0, 0.0, 0.0
@@ -99,7 +99,7 @@ def finite_matrix(values: Tensor, what: str) -> Float[Tensor, "n m"]:
     return values.detach().to("cpu", torch.float64)
 
 
-def reference_point(reference: Any, values: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
+def checked_reference(reference: Any, values: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """`reference` in float64; raises `InvalidInputError` unless it is one finite number an objective."""
     point = torch.as_tensor(reference, dtype=torch.float64, device="cpu")
     if point.shape != values.shape[1:] or not bool(torch.isfinite(point).all()):

@@ -116,13 +116,17 @@ class HeldOut:
 
     def put_back(self) -> None:
         """Write the best weights into the module; without an evaluation, nothing."""
-        places = self._learned()
-        with torch.no_grad():
-            for name, tensor in self.best.items():
-                places[name].copy_(tensor)
+        copy_into(self._learned(), self.best)
 
     def _standing(self) -> tuple[int | None, int]:
         return standing([score for _, score in self.scores], self.evaluation.min_delta)
+
+
+def copy_into(places: Mapping[str, Tensor], content: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of the same names."""
+    with torch.no_grad():
+        for name, tensor in content.items():
+            places[name].copy_(tensor)
 
 
 def _of_first_process(score: float) -> float:

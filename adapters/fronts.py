@@ -36,10 +36,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from persona_sdk.adapters.dominance import (
+    checked_reference,
     finite_matrix,
     measure_hypervolume,
     non_dominated_points,
-    reference_point,
 )
 from persona_sdk.adapters.dominance import hypervolume as hypervolume
 from persona_sdk.adapters.dominance import hypervolume_estimate as hypervolume_estimate
@@ -147,7 +147,7 @@ def score(front: Front, reference: Sequence[float] | Float[Tensor, " m"]) -> Fro
         AdapterError: moocore is not installed.
     """
     values = front.values
-    point = reference_point(reference, values)
+    point = checked_reference(reference, values)
     volume, interval = measure_hypervolume(values, point)
     return FrontScores(
         reference=tuple(point.tolist()),
@@ -211,7 +211,7 @@ def rank_ceilings(preferences: Float[Tensor, "n m"]) -> tuple[float, ...]:
     """The highest `rank_correlations` of objectives that follow their weight but never twice alike.
 
     Points that share a weight are ordered by the other weights, which Spearman counts as disorder. On a grid
-    of three dimensions in steps of 0.2 the ceiling is 0.98; on ten vertices, edge middles and centre, 0.69.
+    of three dimensions in steps of 0.2 the ceiling is 0.98; on the vertices and edge middles of ten, 0.67.
     """
     total, found = len(preferences), []
     for weight in preferences.double().T:

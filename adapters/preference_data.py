@@ -12,7 +12,7 @@ as many items as the largest has examples, and smaller ones are gone through aga
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -100,6 +100,13 @@ def _pairs(tokenizer: Any, pairs: Any, max_length: int) -> list[Example]:
     return found
 
 
+def by_label(pair: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each dimension that a pair is labelled for, with the responses as chosen and rejected there."""
+    responses = (pair["response_0"], pair["response_1"])
+    for name, winner in pair["better"].items():
+        yield name, {"prompt": pair["prompt"], "chosen": responses[winner], "rejected": responses[1 - winner]}
+
+
 def _labelled(data: Any, dimensions: Sequence[str]) -> Any:
     """Pairs that carry a label for some dimensions, as pairs by dimension; other data as it is."""
     if not isinstance(data, Sequence) or isinstance(data, str | bytes):
@@ -110,14 +117,13 @@ def _labelled(data: Any, dimensions: Sequence[str]) -> Any:
         better = pair.get("better") if isinstance(pair, Mapping) else None
         if not isinstance(better, Mapping) or not {"prompt", "response_0", "response_1"} <= set(pair):
             raise InvalidInputError(f"Pair {index} is {pair!r:.80}.", hint=_FORM["dpo"])
-        for name, winner in better.items():
-            if name not in found:
-                unknown[name] += 1  # a data set may label more than this adapter is about
-                continue
+        unknown.update(better.keys() - found.keys())  # a data set may label more than this adapter is about
+        known = {name: winner for name, winner in better.items() if name in found}
+        for name, winner in known.items():
             if type(winner) is not int or winner not in (0, 1):
                 raise InvalidInputError(f"Pair {index} has {name}={winner!r}.", hint="Expected 0 or 1.")
-            chosen, rejected = pair[f"response_{winner}"], pair[f"response_{1 - winner}"]
-            found[name].append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
+        for name, part in by_label({**pair, "better": known}):
+            found[name].append(part)
     if unknown:
         logger.warning("Labels of no dimension were passed over: %s.", dict(unknown))
     return found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from persona_sdk.adapters import checkpoints
 from persona_sdk.adapters.checkpoints import Checkpoint, Checkpoints
-from persona_sdk.adapters.evaluation import HeldOut
+from persona_sdk.adapters.evaluation import HeldOut, copy_into
 from persona_sdk.adapters.random_state import random_state, set_random_state
 from persona_sdk.errors import InvalidInputError
 
@@ -27,13 +27,6 @@ def learned_tensors(trainable: nn.Module, base: nn.Module) -> dict[str, Tensor]:
     frozen = {id(buffer) for buffer in base.buffers()}
     found: dict[str, Tensor] = {n: p for n, p in trainable.named_parameters() if p.requires_grad}
     return found | {n: b for n, b in trainable.named_buffers() if id(b) not in frozen}
-
-
-def write_tensors(places: Mapping[str, Tensor], content: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same names."""
-    with torch.no_grad():
-        for name, tensor in content.items():
-            places[name].copy_(tensor)
 
 
 class Resumable:
@@ -120,7 +113,7 @@ class Resumable:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         found = Checkpoint(Path(resume_from_checkpoint))
-        write_tensors(self.learned(), found.tensors("weights"))
+        copy_into(self.learned(), found.tensors("weights"))
         if self.held_out is not None:
             scores = found.data("evaluation")["scores"]
             self.held_out.scores = [(int(step), float(score)) for step, score in scores]

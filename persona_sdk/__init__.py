@@ -17,6 +17,8 @@ from persona_sdk.errors import PersonaError
 
 if TYPE_CHECKING:
     from persona_sdk.adapters.lora import LoRA, LoRAConfig
+    from persona_sdk.adapters.panacea import Panacea
+    from persona_sdk.adapters.panacea_config import PanaceaConfig
     from persona_sdk.compose import ChatOptions
     from persona_sdk.memory import MemCube, MemoryStore, Passage, Receipt, Revision
     from persona_sdk.model import PersonaModel
@@ -36,6 +38,8 @@ _HOMES = {
     "LoRAConfig": "adapters.lora",
     "MemCube": "memory",
     "MemoryStore": "memory",
+    "Panacea": "adapters.panacea",
+    "PanaceaConfig": "adapters.panacea_config",
     "Passage": "memory",
     "Persona": "persona",
     "PersonaModel": "model",
@@ -54,6 +58,8 @@ __all__ = [
     "LoRAConfig",
     "MemCube",
     "MemoryStore",
+    "Panacea",
+    "PanaceaConfig",
     "Passage",
     "Persona",
     "PersonaError",

@@ -35,7 +35,7 @@ def pareto(
     ] = None,
     points: Annotated[int | None, typer.Option(help="The finest grid of at most N points instead.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help='As "concise=-30,detailed=-60"; by default base - |base|.')
+        str | None, typer.Option(help='As "concise=-30,detailed=-60"; by default from the base model.')
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the front to this PNG.")] = None,
@@ -44,8 +44,8 @@ def pareto(
     """Measure what an adapter reaches for every preference vector of a grid, and score that front.
 
     Objectives are means over the rows: the log-likelihood of a reply in nats for SFT, the DPO objective of a
-    pair for DPO; higher is better. The reference point of the hypervolume is base - |base| for every
-    objective of the base model, which does not depend on the adapter.
+    pair for DPO; higher is better. The reference point of the hypervolume does not depend on the adapter: it
+    is base - max(|base|, 1) for SFT, with the objectives of the base model, and -3 nats for DPO.
 
     A row is {"dimension", "prompt", "completion"} for SFT; {"dimension", "prompt", "chosen", "rejected"} or
     {"prompt", "response_0", "response_1", "better": {dimension: 0 or 1}} for DPO.
@@ -72,7 +72,7 @@ def pareto(
     with _bar(len(adapters) * len(grid)) as advance:
         reports = pareto_report.measure(base, adapters, file.data, grid, point, advance=advance)
 
-    rule = pareto_report.RULE if point is None else "given"
+    rule = pareto_report.RULES[objective] if point is None else "given"
     outputs: dict[Path, bytes] = {}
     if json_file is not None:
         content = pareto_report.as_dict(reports, base, file, objective=objective, rule=rule)

@@ -1,10 +1,9 @@
 """Fronts of adapters over one grid, measured on one file: what `persona pareto` prints, writes and draws.
 
-    z_i = base_i - |base_i|            the reference point unless another is given
+    z = `reference_point` of base          the reference point unless another is given
 
 base_i is objective i of the base model on the same data. So z depends on no adapter, and hypervolumes of all
-adapters on this data can be compared; a likelihood must get twice as bad to leave the volume. Objectives of
-SFT and DPO are below 0, so z is ``2 base`` there.
+adapters on this data can be compared.
 
 | symbol | field                    | shape  |
 |--------|--------------------------|--------|
@@ -27,14 +26,14 @@ from torch import Tensor
 from persona_sdk.adapters.base import Adapter
 from persona_sdk.adapters.fronts import Front, FrontScores, score
 from persona_sdk.adapters.panacea import Panacea
-from persona_sdk.adapters.pareto import evaluate
+from persona_sdk.adapters.pareto import evaluate, reference_point
 from persona_sdk.adapters.preferences import grid
 from persona_sdk.errors import IncompatibleAdapterError, InvalidInputError
 from persona_sdk.models import LanguageModel
 from persona_sdk.preference_files import PreferenceFile
 
 MOST_POINTS = 2000  # each is a pass over the data
-RULE = "base - |base|"
+RULES = {"sft": "base - max(|base|, 1)", "dpo": "-3 nats"}  # `reference_point` in words
 _PACKAGES = ("persona-sdk", "torch", "transformers", "moocore", "scipy")
 _SHARED = ("dimensions", "objective", "beta", "max_length")  # what J means
 
@@ -121,11 +120,6 @@ def grid_size(m: int, divisions: int) -> int:
     return math.comb(max(divisions, 0) + m - 1, m - 1)
 
 
-def reference_of(base: Sequence[float]) -> tuple[float, ...]:
-    """The reference point that follows from the base model alone; see the module."""
-    return tuple(value - abs(value) for value in base)
-
-
 def measure(
     model: LanguageModel,
     adapters: Mapping[str, Panacea],
@@ -142,7 +136,7 @@ def measure(
         adapters: by name; see `require_comparable`.
         data: rows by dimension.
         preferences: the grid.
-        reference: None for `reference_of` the base.
+        reference: None for the `reference_point` of the base.
         advance: called after every point of every adapter.
 
     Raises:
@@ -158,9 +152,9 @@ def measure(
     for name, adapter in adapters.items():
         found = evaluate(model, adapter, data, preferences, advance=advance)
         front = Front(adapter.config.dimensions, found.preferences, found.values)
-        base = tuple(found.base.double().tolist())
-        scores = score(front, reference_of(base) if reference is None else reference)
-        reports.append(FrontReport(name, adapter.digest, front, base, scores))
+        base = found.base.double()
+        z = reference_point(base, adapter.config.objective) if reference is None else reference
+        reports.append(FrontReport(name, adapter.digest, front, tuple(base.tolist()), score(front, z)))
     return reports
 
 

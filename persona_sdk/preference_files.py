@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from persona_sdk.adapters.preference_data import by_label
 from persona_sdk.errors import InvalidInputError, NotFoundError
 
 _Text: TypeAlias = Annotated[str, Field(pattern=r"\S")]
@@ -62,12 +63,7 @@ class _Labelled(_Row):
     better: dict[str, _Winner]
 
     def parts(self) -> Iterator[tuple[str, dict[str, str]]]:
-        replies = (self.response_0, self.response_1)
-        for name, winner in self.better.items():
-            yield (
-                name,
-                {"prompt": self.prompt, "chosen": replies[winner], "rejected": replies[1 - winner]},
-            )
+        return by_label(self.model_dump())
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class ReplyStream:
             raise completion.error
         return self._finish(completion)
 
-    def steer(self, *, weights: Mapping[str, float] | None = None, **controls: float) -> None:
+    def steer(self, /, *, weights: Mapping[str, float] | None = None, **controls: float) -> None:
         """Change the rest of the reply: named controls of attached adapters, or strengths of attachments.
 
         Args:

@@ -89,8 +89,8 @@ def test_the_json_is_what_evaluate_and_score_say(tmp_path, tiny, saved, m):
     assert found["preferences"] == front.preferences.tolist()
     assert found["values"] == front.values.tolist()
     assert found["base"] == base.tolist()
-    assert found["reference"] == (2 * base).tolist()  # log-likelihoods are below 0
-    assert found["reference_rule"] == "base - |base|"
+    assert found["reference"] == (2 * base).tolist()  # log-likelihoods, here below -1
+    assert found["reference_rule"] == "base - max(|base|, 1)"
     assert found["scores"] == json.loads(json.dumps(fronts.score(front, 2 * base).as_dict()))
     assert fronts.Front.from_dict(found).values.equal(front.values)
     assert (found["digest"], found["model"]["fingerprint"]) == (made.digest, tiny.fingerprint)
@@ -102,7 +102,7 @@ def test_the_json_is_what_evaluate_and_score_say(tmp_path, tiny, saved, m):
         assert name in shown
         assert f"{value:.4g}" in shown
     assert "hypervolume" in shown
-    assert "base - |base|" in shown
+    assert "base - max(|base|, 1)" in shown
 
 
 @pytest.mark.parametrize("rows", [pairs, labelled])

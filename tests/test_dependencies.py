@@ -48,8 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters.dominance": {"errors"},
     "adapters.fronts": {"errors", "adapters.dominance"},
     "adapters.*": PURE | LOADING | {"prompting", "adapters.*"},
-    "front_plots": {"errors", "adapters.dominance", "adapters.fronts"},
-    "preference_files": {"errors"},
+    "front_style": {"errors", "adapters.fronts"},
+    "front_maps": {"front_style", "adapters.fronts"},
+    "front_plots": {"front_maps", "front_style", "adapters.dominance", "adapters.fronts"},
+    "preference_files": {"errors", "adapters.preference_data"},
     "pareto_report": {"errors", "models", "preference_files", "adapters.*"},
     # memory stores opaque, hashed blobs and knows nobody
     "memory.*": {"errors", "config", "files", "tensors", "memory.*"},

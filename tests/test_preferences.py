@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from persona_sdk import PersonaModel
 from persona_sdk.adapter_composition import Adjustment
-from persona_sdk.adapters import Panacea
+from persona_sdk.adapters import AdapterRequest, Panacea
 from persona_sdk.adapters.preferences import complete
 from persona_sdk.compose import ChatOptions
 from persona_sdk.engine import Request
@@ -383,8 +383,8 @@ class TestSteering:
         assert steer.gates == {0: pytest.approx((0.8, 0.8, 0.8 * 0.9, 0.8 * 0.1))}
         assert reply.tokens[:7] == plain.tokens[:7]
         assert reply.tokens != plain.tokens
-        assert reply.tokens == two_phases(model, reply)
-        assert plain.tokens == two_phases(model, plain)
+        assert reply.tokens == in_phases(model, reply)
+        assert plain.tokens == in_phases(model, plain)
         assert reply.controls == plain.controls  # what it began with
         assert alice.chat("Tell me more", **LONG) == plain
 
@@ -415,6 +415,100 @@ class TestSteering:
         assert first.gates[0][2:] == pytest.approx((0.8, 0.12, 0.08))
         assert last.gates[0][2:] == pytest.approx((0.8 / 0.88, 0.0, 0.08 / 0.88))
 
+    @pytest.mark.parametrize("dimensions", [NAMES, ("concise", "warm", "formal")])
+    def test_there_and_back_between_two_tokens_leaves_the_gates_and_the_reply_to_the_bit(
+        self, model, nurses, monkeypatch, dimensions
+    ):
+        nurses.add_adapter("tone", panacea(model, 0, dimensions))
+        nurses.attach(GROUP, weight=0.8)
+        here, there = thirds(dimensions)
+        nurses.prefer(**here)
+        plain = nurses.chat("Tell me more", **LONG)
+        [patch] = plain.plan.low_rank
+
+        def there_and_back(stream):
+            stream.steer(**there)
+            stream.steer(**here)
+
+        with worker_runs(model, monkeypatch, {7: there_and_back}) as started:
+            started.set_result(nurses.stream("Tell me more", **LONG))
+            reply = started.result().reply
+        assert [steer.gates for steer in reply.steers] == [{0: patch.gate}]  # both, taken together
+        assert reply.tokens == plain.tokens
+
+    def test_there_and_back_some_tokens_later_goes_on_as_before(self, model, alice, monkeypatch):
+        """What was said under the other preference stays said, with its keys and values; the rest is A's."""
+        alice.prefer(concise=0.9, detailed=0.1)
+        plain = alice.chat("Tell me more", **LONG)
+        [patch] = plain.plan.low_rank
+        acts = {
+            7: lambda stream: stream.steer(concise=0.1, detailed=0.9),
+            20: lambda stream: stream.steer(concise=0.9, detailed=0.1),
+        }
+        with worker_runs(model, monkeypatch, acts) as started:
+            started.set_result(alice.stream("Tell me more", **LONG))
+            reply = started.result().reply
+        assert [steer.token for steer in reply.steers] == [7, 20]
+        assert reply.steers[0].gates[0] != patch.gate
+        assert reply.steers[1].gates[0] == patch.gate  # to the bit
+        assert reply.tokens[:7] == plain.tokens[:7]
+        assert reply.tokens != plain.tokens
+        assert reply.tokens == in_phases(model, reply)
+
+    @given(data=st.data(), m=st.integers(2, 5))
+    def test_there_and_back_is_the_same_plan_whatever_was_preferred(self, tiny, data, m):
+        names = ("concise", "warm", "formal", "calm", "expert")[:m]
+        weight = st.floats(0, 1).filter(lambda value: value == 0 or value > 1e-6)
+        vector = st.lists(weight, min_size=m, max_size=m).filter(any)
+        here, there = (dict(zip(names, data.draw(vector), strict=True)) for _ in range(2))
+        adapter = wide(tiny, names)
+        start = adapter.steered({}, here)
+        back = adapter.steered(adapter.steered(start, there), here)
+        request = AdapterRequest(origin="tone", weight=0.8)
+        before, after = (adapter.contribute(state, request).parts for state in (start, back))
+        assert before == after
+
+    def test_there_and_back_between_requests_gives_the_same_logits_to_the_bit(self, model, alice):
+        alice.prefer(concise=0.7)
+        first = live_logits(model, alice)
+        alice.prefer(concise=0.2)
+        other = live_logits(model, alice)
+        alice.prefer(concise=0.7)
+        assert torch.equal(live_logits(model, alice), first)
+        assert not close(other, first)
+
+    def test_names_of_arguments_elsewhere_can_be_dimensions(self, model, nurses):
+        names = ("name", "preference", "gates")
+        nurses.add_adapter("tone", panacea(model, 0, names))
+        nurses.attach(GROUP)
+        nurses.prefer(name=0.5, gates=0.5)
+        stream = nurses.stream("Hi", **SHORT)
+        next(stream)
+        stream.steer(preference=1.0)
+        assert nurses.preferences()[GROUP] == {"name": 0.5, "preference": 0.0, "gates": 0.5}
+        assert [steer.gates[0][2:] for steer in stream.reply.steers] == [(0.0, 1.0, 0.0)]
+
+    @pytest.mark.parametrize("name", ["self", "weights", "class-y", "2nd"])
+    def test_names_that_could_not_be_keywords_of_steer_are_refused(self, tiny, name):
+        with pytest.raises(InvalidInputError, match=f"dimensions .*{name}"):
+            panacea(tiny, 0, ("concise", name))
+
+
+def thirds(dimensions) -> tuple[dict[str, float], dict[str, float]]:
+    """Two preferences none of whose weights is a power of two."""
+    here = {2: (0.7, 0.3), 3: (0.7, 0.2, 0.1)}[len(dimensions)]
+    return dict(zip(dimensions, here, strict=True)), dict(zip(dimensions, here[::-1], strict=True))
+
+
+_wide: dict[tuple[str, ...], Panacea] = {}
+
+
+def wide(tiny, names) -> Panacea:
+    """One adapter for all examples with these dimensions."""
+    if names not in _wide:
+        _wide[names] = panacea(tiny, 0, names)
+    return _wide[names]
+
 
 @contextmanager
 def worker_runs(model, monkeypatch, acts):
@@ -437,23 +531,20 @@ def worker_runs(model, monkeypatch, acts):
     assert not acts
 
 
-def two_phases(model, reply) -> tuple[int, ...]:
-    """What transformers says to the same prompt with the gates changed at the same token, teacher-forced."""
+def in_phases(model, reply) -> tuple[int, ...]:
+    """What transformers says to the same prompt with the gates changed at the same tokens, teacher-forced."""
     [patch] = reply.plan.low_rank
     factors = model.adapters.get(GROUP).factors
-    at = reply.steers[0].token if reply.steers else len(reply.tokens)
-    after = reply.steers[0].gates[0] if reply.steers else patch.gate
     prompt, tokens = list(reply.prompt_tokens), list(reply.tokens)
-    with torch.inference_mode():
-        with patched(model.base, factors, patch.gate):
-            first = model.base.module(torch.tensor([prompt + tokens[: at - 1]]), use_cache=True)
-        said = first.logits[0, len(prompt) - 1 :].argmax(-1).tolist()
-        if at < len(tokens):
-            with patched(model.base, factors, after):
-                rest = model.base.module(
-                    torch.tensor([tokens[at - 1 : -1]]), past_key_values=first.past_key_values, use_cache=True
-                )
-            said += rest.logits[0].argmax(-1).tolist()
+    changes = [(0, patch.gate), *((steer.token, steer.gates[0]) for steer in reply.steers)]
+    ends = [at for at, _ in changes[1:]] + [len(tokens)]
+    said, kept = [], None
+    for (at, gate), end in zip(changes, ends, strict=True):
+        read = tokens[at - 1 : end - 1] if at else prompt + tokens[: end - 1]
+        with torch.inference_mode(), patched(model.base, factors, gate):
+            out = model.base.module(torch.tensor([read]), past_key_values=kept, use_cache=True)
+        kept = out.past_key_values
+        said += out.logits[0, at - end :].argmax(-1).tolist()
     return tuple(said)
 
 

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from . import launched
+from persona_sdk.adapters import Panacea
+from persona_sdk.models import LanguageModel
+
+from . import launched, launched_panacea
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,16 +23,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def torchrun(folder: Path, stop: int) -> subprocess.CompletedProcess[str]:
+def torchrun(program: Any, *arguments: Any) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-    command = [*launcher, "--standalone", "--nproc-per-node", "2", launched.__file__, str(folder)]
+    command = [*launcher, "--standalone", "--nproc-per-node", "2", program.__file__, *map(str, arguments)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    return subprocess.run([*command, str(stop)], capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def outcomes(folder: Path) -> list[dict[str, Any]]:
@@ -37,7 +40,7 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_two_processes_train_one_adapter_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, -1)
+    done = torchrun(launched, tmp_path, -1)
     assert done.returncode == 0, done.stderr
     first, second = outcomes(tmp_path)
     same = ("digest", "tokens", "steps", "losses", "evaluations", "base", "group", "accelerate")
@@ -54,11 +57,31 @@ def test_two_processes_train_one_adapter_and_go_on_from_a_checkpoint(tmp_path: P
 
     other = tmp_path / "interrupted"
     other.mkdir()
-    assert torchrun(other, 3).returncode != 0
+    assert torchrun(launched, other, 3).returncode != 0
     assert [path.name for path in (other / "checkpoints").iterdir()] == ["checkpoint-3"]
-    done = torchrun(other, -1)
+    done = torchrun(launched, other, -1)
     assert done.returncode == 0, done.stderr
     for whole, resumed in zip((first, second), outcomes(other), strict=True):
         assert resumed["digest"] == whole["digest"]
         assert resumed["losses"] == whole["losses"]
         assert len(resumed["read"]) < len(whole["read"])
+
+
+def test_two_processes_train_one_panacea_adapter(tmp_path: Path, tiny: LanguageModel) -> None:
+    done = torchrun(launched_panacea, tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = outcomes(tmp_path)
+    assert first == second
+    for variant in launched_panacea.VARIANTS:
+        ours, theirs = (Panacea.from_pretrained(tmp_path / rank / variant, base=tiny) for rank in "01")
+        assert ours.digest == theirs.digest
+        alone = launched_panacea.trained(tiny, variant, 4)
+        start = Panacea.random(tiny, alone.config, std=0)
+        moved = [float((ours.tensors[name] - start.tensors[name]).abs().max()) for name in ours.tensors]
+        assert max(moved) > 1e-3
+        assert alone.report is not None
+        if variant != "sampled":  # there the processes draw dimensions of their own
+            for name, tensor in alone.tensors.items():
+                torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-3, atol=1e-5)
+            assert first[variant]["losses"] == pytest.approx(alone.report.losses, rel=1e-4)
+    assert len(first["held_out"]["evaluations"]) == 4
