@@ -53,7 +53,7 @@ class LikelihoodStudent(Student):
         counted = choose(preference, draw) if options.sampled_objective else preference > 0
         rows = counted.flatten().repeat_interleave(sides)
         width = int(attention_mask[rows].sum(1).max())
-        self.count(int(attention_mask[rows].sum()))
+        self.tokens += int(attention_mask[rows].sum())
         if options.preference_sampling == "batch":
             at = preference[0]
         else:

@@ -107,7 +107,7 @@ class RewardStudent(Student):
         rewards = (preference * gained).sum(1)
         batch = collate(rows, pad_token(self._model.tokenizer))
         parts = [batch[name].to(self._model.device) for name in ("input_ids", "attention_mask", "labels")]
-        self.count(2 * int(batch["attention_mask"].sum()))
+        self.tokens += 2 * int(batch["attention_mask"].sum())
         with torch.no_grad(), self.layers.preference.at(None):
             reference = log_likelihood(self.module, *parts)
         with self.layers.preference.at(at):

@@ -30,18 +30,8 @@ class Student(nn.Module):
         super().__init__()
         self.module = module
         self.layers, self.options = layers, options
-        # Tokens read by this process, padding not counted; a buffer, so that a resumed run goes on counting.
-        self.read = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.tokens = 0  # read by this process, padding not counted
         self._step, self._part = 0, 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read by this process, padding not counted."""
-        return int(self.read)
-
-    def count(self, tokens: int) -> None:
-        """Tokens were read."""
-        self.read.add_(tokens)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for nothing but the layers: dropout of the base would make it another policy."""

@@ -75,7 +75,15 @@ def train(
             evaluation=evaluation,
             callbacks=[student.announcer(), *callbacks],
         )
-        return layers.tensors(), replace(report, tokens=student.tokens)
+        return layers.tensors(), replace(report, tokens=_of_all_processes(student.tokens, model.device))
+
+
+def _of_all_processes(count: int, device: torch.device) -> int:
+    if not torch.distributed.is_initialized():
+        return count
+    total = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 def _student(

@@ -72,7 +72,7 @@ class TrainingReport:
     Args:
         rows: training rows after encoding.
         steps: optimizer steps.
-        tokens: tokens read, padding not counted.
+        tokens: tokens read, padding not counted; under preferences, since the run was resumed.
         seconds: wall time; of a resumed run, since it was resumed.
         first_loss: mean loss of the first step.
         last_loss: mean loss of the last step.

@@ -84,4 +84,5 @@ def test_two_processes_train_one_panacea_adapter(tmp_path: Path, tiny: LanguageM
             for name, tensor in alone.tensors.items():
                 torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-3, atol=1e-5)
             assert first[variant]["losses"] == pytest.approx(alone.report.losses, rel=1e-4)
+            assert first[variant]["tokens"] == alone.report.tokens
     assert len(first["held_out"]["evaluations"]) == 4

@@ -209,9 +209,6 @@ Panacea.train(tiny_language_model(hidden=64), {data!r}, options, rewards=rewards
     options = {**OPTIONS, "max_steps": 12, **options}
     resumed = Panacea.train(base, data, options, rewards=rewards, checkpoints=checkpoints)
     assert resumed.digest == whole.digest
-    assert resumed.report is not None
-    assert whole.report is not None
-    assert resumed.report.tokens == whole.report.tokens
     written = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert written <= {".safetensors", ".json"}
 
@@ -235,7 +232,7 @@ def test_held_out_hypervolume_keeps_the_best_weights_and_ends_the_training(base:
 
 
 def test_calibrated_margins_are_worth_more_than_the_base_they_started_from() -> None:
-    """Opposed labels: the optimum (log λ, log(1 - λ)) is below the base in one dimension nearly everywhere."""
+    """Opposed labels: the optimum, (log λ, log(1 - λ)), is below the base in one dimension nearly always."""
     from persona_sdk.adapters.dominance import hypervolume
 
     base = torch.full((2,), -math.log(2))
