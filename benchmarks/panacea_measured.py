@@ -99,7 +99,7 @@ class Measured:
         return self._volumes[key]
 
     def one_lambda(self) -> Array:
-        """As `drawn`, of panacea held at the λ that is best alone: what a front has without its preference."""
+        """As `drawn`, of panacea held at the λ that is best alone: a front without its preference."""
         alone = [
             np.mean([hypervolume(points[[place]], self.z) for points in self.points(OURS)])
             for place in range(len(self.scores[OURS][0].preferences))
@@ -123,10 +123,13 @@ class Measured:
         return paired(self.drawn(method, at), self.drawn(other), how)
 
     def margin_errors(self, method: str) -> list[MarginErrors]:
-        """DPO's margins of the first dimension: means over pairs and seeds, then over the pairs of each seed."""
+        """DPO's margins of the first dimension: means over pairs and seeds, then for each seed alone."""
         weights = self.scores[method][0].preferences[:, 0]
         runs = [each.margins[:, :, 0] for each in self.scores[method] if each.margins is not None]
-        return [margin_errors(weights, np.concatenate(runs, axis=1)), *(margin_errors(weights, r) for r in runs)]
+        return [
+            margin_errors(weights, np.concatenate(runs, axis=1)),
+            *(margin_errors(weights, r) for r in runs),
+        ]
 
     def widest(self, method: str) -> float:
         """The largest range of an objective over λ, of all seeds."""

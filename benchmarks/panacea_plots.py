@@ -1,15 +1,15 @@
 """The figure of the panacea benchmark: fronts, DPO's margins and the cost of a shared preference.
 
-| panel             | what                                                              | closed form          |
-|-------------------|-------------------------------------------------------------------|----------------------|
-| styles, real      | objectives over λ, a curve for each method; means over seeds      |                      |
-| pairs             | margin against logit λ_1                                          | the diagonal, ± 25 % |
-| calibration       | nats below the own vertex against -log λ_i                        | the diagonal         |
+| panel        | what                                                           | closed form          |
+|--------------|----------------------------------------------------------------|----------------------|
+| styles, real | objectives over λ, a curve for each method; means over seeds   |                      |
+| pairs        | margin against logit λ_1                                       | the diagonal, ± 25 % |
+| calibration  | nats below the own vertex against -log λ_i                     | the diagonal         |
 
-Drawn from the tables of the result; a panel whose table is missing is left out. Fronts are cut a nat below the
-reference point, and what lies further away is not drawn: the ends of some curves, where a dimension has no
-weight, are tens of nats outside. Margins and costs are cut likewise. Colours are those of Okabe
-and Ito, and every method has a marker of its own, so that no reader depends on colour.
+Drawn from the tables of the result; a panel whose table is missing is left out. Fronts are cut a nat below
+the reference point, and what lies further away is not drawn: the ends of some curves, where a dimension has
+no weight, are tens of nats outside. Margins and costs are cut likewise. Colours are mostly those of Okabe and
+Ito, and every method has a marker or line of its own, so that no reader depends on colour.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,6 @@ from benchmarks.panacea_measured import CONTROL, ORACLE, OURS, PAPER, SOUPS
 _Draw = Callable[[Any, Result], None]
 _GREY = "#666666"
 _OUTSIDE = 1.0  # nats that are shown below the reference point
-_CUT = 1.8  # times the largest of the closed form
 
 # method -> colour, marker, line; in the order of the legend
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -91,7 +90,11 @@ def _front(axis: Any, result: Result, part: str, title: str) -> None:
             point = (_number(row, first), _number(row, second))
             curves.setdefault(str(row["method"]), []).append(point)
     low = [at - _OUTSIDE for at in z]
-    tops = [max(values) for values in zip(*(point for each in curves.values() for point in each), strict=True)]
+    inner = curves.get(OURS, [])[1:-1]  # in view even where it is outside the reference
+    low = [min([at, *(point[i] - 0.3 for point in inner)]) for i, at in enumerate(low)]
+    tops = [
+        max(values) for values in zip(*(point for each in curves.values() for point in each), strict=True)
+    ]
     high = [max(top, at + 1) + 0.3 for top, at in zip(tops, z, strict=True)]
     for method in STYLES:
         if any(x > low[0] and y > low[1] for x, y in curves.get(method, [])):
@@ -119,7 +122,7 @@ def _margins(axis: Any, result: Result) -> None:
         mine = sorted((r for r in rows if r["method"] == method), key=lambda r: _number(r, "logit"))
         _curve(axis, method, [(_number(row, "logit"), _number(row, "margin")) for row in mine])
     axis.set_xlim(ends[0], ends[2])
-    axis.set_ylim(_CUT * ends[0], _CUT * ends[2])
+    axis.set_ylim(1.5 * ends[0], 1.5 * ends[2])
     axis.set_xlabel("logit λ of the first dimension")
     axis.set_ylabel("mean margin, nats")
     axis.set_title("Opposite labels (DPO): margin of a pair", fontsize=10)
@@ -137,10 +140,11 @@ def _calibration(axis: Any, result: Result) -> None:
             points = sorted((_number(row, "closed form"), _number(row, method)) for row in mine)
             _curve(axis, method, points, hollow=place > 0)
     axis.set_xlim(-0.05 * top, 1.15 * top)
-    axis.set_ylim(-0.2 * top, _CUT * top)
+    axis.set_ylim(-0.2 * top, 1.8 * top)
     axis.set_xlabel("-log λ of the style")
     axis.set_ylabel("nats below its own vertex")
-    axis.set_title(f"Cost of a shared λ (filled: {dimensions[0]}, hollow: {dimensions[-1]})", fontsize=10)
+    said = f"filled: {dimensions[0]}, hollow: {dimensions[-1]}"
+    axis.set_title(f"Styles: cost of a weight below 1 ({said})", fontsize=10)
 
 
 def _curve(axis: Any, method: str, points: Sequence[tuple[float, float]], *, hollow: bool = False) -> None:

@@ -25,21 +25,21 @@ NOTES = (
     "Objectives are in nats: log-likelihood of a reply (SFT), or log sigmoid of its margin (DPO). Compute is "
     "steps times examples run and equal for all methods but the oracle; tokens differ by what is skipped or "
     "said in the prompt.",
-    "Hypervolume is measured from 3 nats below the oracle's vertices (SFT) or below 0 (DPO): one point for all "
-    "methods and seeds. From the base model's values, far below, a method that ignores λ comes near the oracle "
-    "as well; that column is for comparison only.",
+    "Hypervolume is measured from 3 nats below the oracle's vertices (SFT) or below 0 (DPO): one point for "
+    "all methods and seeds. From the base model's values, far below, a method that ignores λ comes near the "
+    "oracle as well; that column is for comparison only.",
     "Intervals: 95 %, over 1,000 draws of held-out prompts, the same draws for all methods and seeds; means "
     "over seeds. They do not contain the variation between training seeds: that is in the tables 'over "
     "training seeds'.",
-    "Oracle: log Σ λ_i p_i of one expert for each dimension, each trained once with the whole compute. It is no "
-    "competitor: it is m models, and its compute is not counted. 'mixture of the experts' is the same of the "
-    "experts that the soups are made of.",
-    "One per vector exists at its own λ only, and hypervolume grows with the number of points. It is compared "
-    "with panacea at those λ; its hypervolume beside methods with more λ is not comparable.",
-    "'panacea, one λ for all' is panacea held at the one λ with the most hypervolume. With joint and scale at 0 "
-    "it shows what a share of the oracle's hypervolume is worth: a method that ignores λ has that much.",
-    "-log λ_i is the closed form for styles that never give the same reply. Where both styles can, the optimum "
-    "loses less.",
+    "Oracle: log Σ λ_i p_i of one expert for each dimension, each trained once with the whole compute. It is "
+    "no competitor: it is m models, and its compute is m times that of the others. 'mixture of the experts' "
+    "is the same of the experts that the soups are made of.",
+    "One per vector exists at its own λ only, and hypervolume grows with the number of points. It is "
+    "compared with panacea at those λ; its hypervolume beside methods with more λ is not comparable.",
+    "'panacea, one λ for all' is panacea held at the one λ with the most hypervolume. With joint and scale "
+    "at 0 it shows what a share of the oracle's hypervolume is worth: a method that ignores λ has that much.",
+    "-log λ_i is the closed form for styles that never give the same reply. Where both styles can, the "
+    "optimum loses less.",
 )
 
 
@@ -117,4 +117,6 @@ def _published(name: str, bars: Mapping[str, Bar]) -> str:
     missed = [what for what, bar in bars.items() if not bar.ok]
     if not missed:
         return f"{name}: the method as published would reach all bars."
-    return f"{name}: the method as published would miss {len(missed)} of {len(bars)} bars: {'; '.join(missed)}."
+    return (
+        f"{name}: the method as published would miss {len(missed)} of {len(bars)} bars: {'; '.join(missed)}."
+    )

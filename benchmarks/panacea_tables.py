@@ -115,7 +115,7 @@ def spread(part: Measured) -> list[Row]:
         less = [a - b for a, b in zip(volumes, part.hypervolumes(SOUPS), strict=True)]
         ranks = part.ranks(method)
         row: Row = {"method": method, "trained": part.trained(method)}
-        row |= {"hypervolume, least": min(volumes), "largest": max(volumes)}
+        row |= {"hypervolume, least": min(volumes), "hypervolume, largest": max(volumes)}
         row |= {
             "less soups', least": None if at else min(less),
             "less soups', largest": None if at else max(less),
@@ -127,7 +127,7 @@ def spread(part: Measured) -> list[Row]:
 
 
 def below_the_vertex(part: Measured) -> list[Row]:
-    """Nats below the own vertex by weight, beside the closed form of styles that never give the same reply."""
+    """Nats below the own vertex by weight, beside the closed form for disjoint styles."""
     names = [name for name in (OURS, SOUPS, ORACLE) if name in part.scores]
     found = {name: _excess(part, name).mean(axis=0) for name in names}
     weights = part.scores[OURS][0].preferences
@@ -145,7 +145,7 @@ def below_the_vertex(part: Measured) -> list[Row]:
 
 
 def at_the_centre(part: Measured) -> list[Row]:
-    """Nats below the vertices at λ = (1/2, 1/2), where the closed form is log 2: own vertices, and the oracle's.
+    """Nats below the own vertices and the oracle's at λ = (1/2, 1/2), where the closed form is log 2.
 
     A method with poor vertices is near them for nothing; the oracle's vertices show that.
     """
@@ -170,7 +170,7 @@ def at_the_centre(part: Measured) -> list[Row]:
 
 
 def margins(part: Measured, names: Sequence[str]) -> list[Row]:
-    """DPO's mean margin on pairs that the dimensions label opposite, against logit λ; relative error of the mean."""
+    """DPO's mean margin on pairs that the dimensions label opposite, against logit λ."""
     rows: list[Row] = []
     for method in names:
         joined, *seeds = part.margin_errors(method)

@@ -60,7 +60,9 @@ def method(name, objective, m, best, seed, change=None):
     return {"runs": 1, "steps": 60, "tokens": 37000 + seed, "seconds": 100.0, "scores": scores.as_dict()}
 
 
-def cells(objective, *, seeds=1, names=("concise", "formal"), vertices=(-4.0, -3.0), kinds=None, changes=None):
+def cells(
+    objective, *, seeds=1, names=("concise", "formal"), vertices=(-4.0, -3.0), kinds=None, changes=None
+):
     """Cells of a part, one a seed. `changes`: method -> a function of preferences, front and seed."""
     kinds = kinds or (SFT if objective == "sft" else DPO)
     m, best, found = len(names), np.array(vertices), []
