@@ -22,7 +22,8 @@ from persona_sdk.adapters.base import (
     Update,
 )
 from persona_sdk.adapters.lora import LoRA, LoRAConfig
-from persona_sdk.adapters.panacea import Panacea, PanaceaConfig
+from persona_sdk.adapters.panacea import Panacea
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 
 __all__ = [
     "Adapter",

@@ -44,13 +44,13 @@ def aggregate(
     """
     if how == "linear":
         return (preference * values).sum(-1)
-    distance = values if ideal is None else values - ideal
+    # A term of weight 0 is 0, which no other term exceeds: it is never the minimum, whatever its value.
+    distance = (values if ideal is None else values - ideal).masked_fill(preference == 0, 0.0)
     if bool((distance.detach() > 0).any()):
         raise AdapterError(
             f"An objective is {float(distance.detach().max()):.3g} above its ideal value.",
             hint="Give an ideal point that no objective exceeds, or use the linear aggregation.",
         )
-    # A term of weight 0 is 0, which no other term exceeds: it is never the minimum.
     terms = preference * distance
     if how == "tchebycheff":
         return terms.amin(-1)

@@ -22,17 +22,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from persona_sdk.adapters.preference_data import Reward, encode_examples
+from persona_sdk.adapters.preference_data import Objective, Reward, encode_examples
 from persona_sdk.adapters.preference_likelihood import objectives, with_reference
 from persona_sdk.adapters.preference_rewards import check_rewards, encode_prompts, sampled_rewards
 from persona_sdk.adapters.preferences import grid
 from persona_sdk.adapters.random_state import same_random_state
-from persona_sdk.adapters.svd_lora import Layers, svd_layers
+from persona_sdk.adapters.svd_layers import Layers, svd_layers
 from persona_sdk.adapters.twin import twin
 from persona_sdk.models import LanguageModel
 
 if TYPE_CHECKING:
-    from persona_sdk.adapters.panacea import Panacea, PanaceaConfig
+    from persona_sdk.adapters.panacea import Panacea
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 
 # λ -> J of every example, a tensor a dimension; None is the base model
 Objectives: TypeAlias = Callable[[Tensor | None], list[Tensor]]
@@ -86,7 +87,7 @@ def evaluate(
 def held_out_objectives(
     model: LanguageModel,
     layers: Layers,
-    options: "PanaceaConfig",
+    options: PanaceaConfig,
     data: Any,
     rewards: Mapping[str, Reward] | None = None,
 ) -> Objectives:
@@ -99,13 +100,13 @@ def held_out_objectives(
         def sampled(preference: Tensor | None) -> list[Tensor]:
             with same_random_state():  # the same random numbers at every λ
                 torch.manual_seed(options.seed)
-                return sampled_rewards(model, layers, prompts, scored, preference, options.max_new_tokens)
+                return sampled_rewards(model, layers, prompts, scored, preference, options)
 
         return sampled
     examples = encode_examples(model.tokenizer, data, options.dimensions, options.objective, longest)
     if options.objective == "dpo":
-        examples = with_reference(model, layers, examples)
-    return lambda preference: objectives(model, layers, examples, preference, options.beta)
+        examples = with_reference(model, layers, examples, options.per_device_eval_batch_size)
+    return lambda preference: objectives(model, layers, examples, preference, options)
 
 
 def measure(
@@ -120,9 +121,10 @@ def measure(
     return Measured(preferences, columns, torch.stack([values.mean() for values in base]))
 
 
-def reference_point(base: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-    """Where hypervolumes are measured from, by one rule that looks at the base model alone: ``b - |b|``.
+def reference_point(base: Float[Tensor, " m"], objective: Objective) -> Float[Tensor, " m"]:
+    """Where hypervolumes are measured from, by a rule that looks at the base model alone.
 
-    Twice the base's nats for likelihoods and DPO, 0 for rewards that the base gets a positive amount of.
+    SFT and rewards: ``b - max(|b|, 1)``. DPO: -3 nats, which is J at the optimum of weight exp(-3) = 0.05.
+    The base itself is no measure for DPO: where labels are opposed, nothing is above it in two dimensions.
     """
-    return base - base.abs()
+    return torch.full_like(base, -3.0) if objective == "dpo" else base - base.abs().clamp_min(1)

@@ -10,7 +10,9 @@ An *item* holds one example of every dimension, so the dimensions are balanced w
 as many items as the largest has examples, and smaller ones are gone through again, in another order.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +20,8 @@ import numpy as np
 
 from persona_sdk.adapters.training_data import Row, encode_rows
 from persona_sdk.errors import InvalidInputError
+
+logger = logging.getLogger("persona_sdk.adapters.preference_data")
 
 Reward: TypeAlias = Callable[[str, str], float]
 Objective: TypeAlias = Literal["sft", "dpo", "reward"]
@@ -85,9 +89,11 @@ def _single(tokenizer: Any, rows: Any, max_length: int) -> list[Example]:
 
 
 def _pairs(tokenizer: Any, pairs: Any, max_length: int) -> list[Example]:
+    if isinstance(pairs, str | bytes | Mapping) or not isinstance(pairs, Iterable):
+        raise InvalidInputError(f"its data is a {type(pairs).__name__}.", hint=_FORM["dpo"])
     found = []
     for index, pair in enumerate(pairs):
-        if not isinstance(pair, Mapping) or set(pair) != {"prompt", "chosen", "rejected"}:
+        if not isinstance(pair, Mapping) or not set(pair) >= {"prompt", "chosen", "rejected"}:
             raise InvalidInputError(f"pair {index} is {pair!r:.80}.", hint=_FORM["dpo"])
         replies = [{"prompt": pair["prompt"], "completion": pair[side]} for side in ("chosen", "rejected")]
         found.append(Example(tuple(encode_rows(tokenizer, replies, max_length))))
@@ -99,15 +105,19 @@ def _labelled(data: Any, dimensions: Sequence[str]) -> Any:
     if not isinstance(data, Sequence) or isinstance(data, str | bytes):
         return data
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in dimensions}
+    unknown: Counter[str] = Counter()
     for index, pair in enumerate(data):
         better = pair.get("better") if isinstance(pair, Mapping) else None
         if not isinstance(better, Mapping) or not {"prompt", "response_0", "response_1"} <= set(pair):
             raise InvalidInputError(f"Pair {index} is {pair!r:.80}.", hint=_FORM["dpo"])
         for name, winner in better.items():
             if name not in found:
-                continue  # a data set may label more than this adapter is about
-            if winner not in (0, 1) or isinstance(winner, bool):
+                unknown[name] += 1  # a data set may label more than this adapter is about
+                continue
+            if type(winner) is not int or winner not in (0, 1):
                 raise InvalidInputError(f"Pair {index} has {name}={winner!r}.", hint="Expected 0 or 1.")
             chosen, rejected = pair[f"response_{winner}"], pair[f"response_{1 - winner}"]
             found[name].append({"prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
+    if unknown:
+        logger.warning("Labels of no dimension were passed over: %s.", dict(unknown))
     return found

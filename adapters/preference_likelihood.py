@@ -10,7 +10,7 @@ all replies: one constant, the same for all dimensions, so that the loss is abou
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +19,12 @@ from torch import Tensor, nn
 
 from persona_sdk.adapters.aggregation import aggregate
 from persona_sdk.adapters.objectives import direct_preference, log_likelihood
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preference_data import Example, items
 from persona_sdk.adapters.preference_student import Student
-from persona_sdk.adapters.svd_lora import Layers
+from persona_sdk.adapters.svd_layers import Layers
 from persona_sdk.adapters.training_data import IGNORED, Row, collate, pad_token
 from persona_sdk.models import LanguageModel
-
-if TYPE_CHECKING:
-    from persona_sdk.adapters.panacea import PanaceaConfig
-
-_BATCH = 32
 
 
 class LikelihoodStudent(Student):
@@ -41,7 +37,7 @@ class LikelihoodStudent(Student):
         scale: what SFT's likelihoods are divided by.
     """
 
-    def __init__(self, module: nn.Module, layers: Layers, options: "PanaceaConfig", scale: float) -> None:
+    def __init__(self, module: nn.Module, layers: Layers, options: PanaceaConfig, scale: float) -> None:
         super().__init__(module, layers, options)
         # DPO's beta belongs to sums of nats: only the likelihoods of SFT are scaled.
         self._scale = scale if options.objective == "sft" else 1.0
@@ -57,9 +53,12 @@ class LikelihoodStudent(Student):
         counted = choose(preference, draw) if options.sampled_objective else preference > 0
         rows = counted.flatten().repeat_interleave(sides)
         width = int(attention_mask[rows].sum(1).max())
-        self.tokens += int(attention_mask[rows].sum())
-        of_row = preference.repeat_interleave(m * sides, dim=0)[rows]
-        with self.layers.preference.at(of_row.to(input_ids.device)):
+        self.count(int(attention_mask[rows].sum()))
+        if options.preference_sampling == "batch":
+            at = preference[0]
+        else:
+            at = preference.repeat_interleave(m * sides, dim=0)[rows]
+        with self.layers.preference.at(at.to(input_ids.device)):
             batch = (part[rows, :width] for part in (input_ids, attention_mask, labels))
             found = log_likelihood(self.module, *batch)
         values = objective_of(found / self._scale, reference[rows], sides, options.beta)
@@ -73,7 +72,7 @@ class LikelihoodStudent(Student):
             return J.sum(-1)
         if options.preference_sampling == "batch":
             J, weights = J.mean(0, keepdim=True), weights[:1]
-        ideal = None if options.ideal is None else J.new_tensor(options.ideal)
+        ideal = None if options.ideal is None else J.new_tensor(options.ideal) / self._scale
         return aggregate(J, weights, options.aggregation, ideal=ideal, smoothing=options.smoothing)
 
 
@@ -119,14 +118,18 @@ def mean_length(examples: Mapping[str, Sequence[Example]]) -> float:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: LanguageModel, layers: Layers, rows: Sequence[Row], preference: Float[Tensor, " m"] | None
+    model: LanguageModel,
+    layers: Layers,
+    rows: Sequence[Row],
+    preference: Float[Tensor, " m"] | None,
+    batch: int,
 ) -> Float[Tensor, " rows"]:
     """Log-likelihood of the reply of each row under λ; None is the base model."""
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
     found = torch.empty(len(rows))
     with layers.preference.at(None if preference is None else preference.to(model.device)):
-        for first in range(0, len(order), _BATCH):
-            places = order[first : first + _BATCH]
+        for first in range(0, len(order), batch):
+            places = order[first : first + batch]
             encoded = collate([rows[place] for place in places], pad_token(model.tokenizer))
             parts = (encoded[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
             found[places] = log_likelihood(model.module, *parts).float().cpu()
@@ -134,11 +137,11 @@ def log_likelihoods(
 
 
 def with_reference(
-    model: LanguageModel, layers: Layers, examples: Mapping[str, Sequence[Example]]
+    model: LanguageModel, layers: Layers, examples: Mapping[str, Sequence[Example]], batch: int
 ) -> dict[str, list[Example]]:
     """The examples with the base model's log-likelihood of every row, computed once."""
     rows = [row for found in examples.values() for each in found for row in each.rows]
-    values = iter(log_likelihoods(model, layers, rows, None).tolist())
+    values = iter(log_likelihoods(model, layers, rows, None, batch).tolist())
     return {
         name: [replace(each, reference=tuple(next(values) for _ in each.rows)) for each in found]
         for name, found in examples.items()
@@ -150,12 +153,13 @@ def objectives(
     layers: Layers,
     examples: Mapping[str, Sequence[Example]],
     preference: Float[Tensor, " m"] | None,
-    beta: float,
+    options: PanaceaConfig,
 ) -> list[Tensor]:
     """J of every example under λ, a tensor a dimension; None is the base model."""
     sides = len(next(iter(examples.values()))[0].rows)
     rows = [row for found in examples.values() for each in found for row in each.rows]
     known = [value for found in examples.values() for each in found for value in each.reference]
     reference = torch.tensor(known or [0.0] * len(rows))  # SFT has none
-    values = objective_of(log_likelihoods(model, layers, rows, preference), reference, sides, beta)
+    found = log_likelihoods(model, layers, rows, preference, options.per_device_eval_batch_size)
+    values = objective_of(found, reference, sides, options.beta)
     return list(torch.split(values, [len(found) for found in examples.values()]))

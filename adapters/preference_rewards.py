@@ -13,25 +13,23 @@ Reference: Ahmadian et al. 2024, RLOO, arXiv 2402.14740.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from persona_sdk.adapters.objectives import leave_one_out, log_likelihood, penalised
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preference_data import Reward
 from persona_sdk.adapters.preference_student import Student
-from persona_sdk.adapters.svd_lora import Layers
+from persona_sdk.adapters.random_state import same_random_state
+from persona_sdk.adapters.svd_layers import Layers
 from persona_sdk.adapters.training_data import IGNORED, Row, collate, pad_token
 from persona_sdk.errors import InvalidInputError
 from persona_sdk.models import LanguageModel
 from persona_sdk.prompting import encode, parse_messages
 
-if TYPE_CHECKING:
-    from persona_sdk.adapters.panacea import PanaceaConfig
-
-_BATCH = 32
 _FORM = "Expected a list of prompts, with rewards={dimension: function of prompt and reply}."
 
 
@@ -78,6 +76,11 @@ def check_rewards(rewards: Mapping[str, Reward] | None, dimensions: Sequence[str
         raise InvalidInputError(
             f"The dimensions are {', '.join(dimensions)} and there are rewards for {given}.", hint=_FORM
         )
+    useless = [name for name in dimensions if not callable(rewards[name])]
+    if useless:
+        raise InvalidInputError(
+            f"The reward {useless[0]!r} is a {type(rewards[useless[0]]).__name__}.", hint=_FORM
+        )
     return {name: rewards[name] for name in dimensions}
 
 
@@ -85,7 +88,7 @@ class RewardStudent(Student):
     """Samples, scores and learns; see the module."""
 
     def __init__(
-        self, model: LanguageModel, layers: Layers, options: "PanaceaConfig", rewards: Mapping[str, Reward]
+        self, model: LanguageModel, layers: Layers, options: PanaceaConfig, rewards: Mapping[str, Reward]
     ) -> None:
         super().__init__(model.module, layers, options)
         self._model, self._rewards = model, rewards
@@ -93,16 +96,18 @@ class RewardStudent(Student):
     def forward(self, prompts: list[Prompt], **_: Tensor) -> dict[str, Tensor]:
         """Loss of one batch of prompts. Their tensors are for the Trainer, which counts tokens."""
         options, n = self.options, self.options.samples_per_prompt
-        preference = self.draw(len(prompts))[0].repeat_interleave(n, dim=0)
+        drawn, draw = self.draw(len(prompts))
+        preference = drawn.repeat_interleave(n, dim=0)
         asked = [prompt for prompt in prompts for _ in range(n)]
-        at = preference.to(self._model.device)
-        with self.layers.preference.at(at):
+        at = (preference[0] if options.preference_sampling == "batch" else preference).to(self._model.device)
+        with self.layers.preference.at(at), same_random_state():
+            torch.manual_seed(int(draw.integers(2**62)))  # of this step and process alone
             rows = sample_replies(self._model, asked, options.max_new_tokens)
         gained = score(self._model, asked, rows, self._rewards)
         rewards = (preference * gained).sum(1)
         batch = collate(rows, pad_token(self._model.tokenizer))
         parts = [batch[name].to(self._model.device) for name in ("input_ids", "attention_mask", "labels")]
-        self.tokens += 2 * int(batch["attention_mask"].sum())
+        self.count(2 * int(batch["attention_mask"].sum()))
         with torch.no_grad(), self.layers.preference.at(None):
             reference = log_likelihood(self.module, *parts)
         with self.layers.preference.at(at):
@@ -126,14 +131,15 @@ def sampled_rewards(
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
     preference: Float[Tensor, " m"] | None,
-    tokens: int,
+    options: PanaceaConfig,
 ) -> list[Tensor]:
     """What each reward gives one sampled reply to every prompt under λ; None is the base model."""
     found = []
     with layers.preference.at(None if preference is None else preference.to(model.device)):
-        for first in range(0, len(prompts), _BATCH):
-            asked = prompts[first : first + _BATCH]
-            found.append(score(model, asked, sample_replies(model, asked, tokens), rewards))
+        for first in range(0, len(prompts), options.per_device_eval_batch_size):
+            asked = prompts[first : first + options.per_device_eval_batch_size]
+            replies = sample_replies(model, asked, options.max_new_tokens)
+            found.append(score(model, asked, replies, rewards))
     return list(torch.cat(found).unbind(1))
 
 
@@ -152,9 +158,14 @@ def sample_replies(model: LanguageModel, prompts: Sequence[Prompt], tokens: int)
         eos_token_id=end,
         use_cache=True,
     )
-    with torch.no_grad():
-        module: Any = model.module
-        made = module.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+    module: Any = model.module
+    before = getattr(module, "generation_config", None)
+    module.generation_config = GenerationConfig()  # the model's own would fill in what `how` leaves open
+    try:
+        with torch.no_grad():
+            made = module.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+    finally:
+        module.generation_config = before
     rows = []
     for prompt, reply in zip(prompts, made[:, ids.shape[1] :].tolist(), strict=True):
         stop = reply.index(end) + 1 if end in reply else len(reply)
@@ -175,13 +186,14 @@ def score(
     for prompt, row in zip(prompts, rows, strict=True):
         ids = [label for label in row["labels"] if label != IGNORED]
         reply = str(model.tokenizer.decode(ids, skip_special_tokens=True))
-        values = {name: float(reward(prompt.text, reply)) for name, reward in rewards.items()}
+        values = {name: reward(prompt.text, reply) for name, reward in rewards.items()}
         for name, value in values.items():
-            if not math.isfinite(value):
+            if not isinstance(value, int | float) or not math.isfinite(value):
                 raise InvalidInputError(
-                    f"The reward {name!r} of {reply!r:.60} is {value}.", hint="Expected a finite number."
+                    f"The reward {name!r} of {reply!r:.60} is {value!r:.40}.",
+                    hint="Expected a finite number.",
                 )
-        found.append(list(values.values()))
+        found.append([float(value) for value in values.values()])
     return torch.tensor(found)
 
 

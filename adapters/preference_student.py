@@ -5,18 +5,16 @@ step alone, so all devices of a launch draw the same and a resumed run goes on w
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preferences import sample
-from persona_sdk.adapters.svd_lora import Layers
-
-if TYPE_CHECKING:
-    from persona_sdk.adapters.panacea import PanaceaConfig
+from persona_sdk.adapters.svd_layers import Layers
 
 
 class Student(nn.Module):
@@ -28,12 +26,28 @@ class Student(nn.Module):
         options: how to train.
     """
 
-    def __init__(self, module: nn.Module, layers: Layers, options: "PanaceaConfig") -> None:
+    def __init__(self, module: nn.Module, layers: Layers, options: PanaceaConfig) -> None:
         super().__init__()
         self.module = module
         self.layers, self.options = layers, options
-        self.tokens = 0  # read so far, padding not counted
+        # Tokens read by this process, padding not counted; a buffer, so that a resumed run goes on counting.
+        self.read = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self._step, self._part = 0, 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read by this process, padding not counted."""
+        return int(self.read)
+
+    def count(self, tokens: int) -> None:
+        """Tokens were read."""
+        self.read.add_(tokens)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for nothing but the layers: dropout of the base would make it another policy."""
+        super().train(mode)
+        self.module.eval()
+        return self
 
     def begin(self, step: int) -> None:
         """An optimizer step begins; steps count from 0, also over an interruption."""

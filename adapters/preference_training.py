@@ -7,15 +7,16 @@ data the weights with the largest hypervolume over a small grid are kept, and tr
 growing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from persona_sdk.adapters.checkpoints import Checkpoints
 from persona_sdk.adapters.dominance import hypervolume
 from persona_sdk.adapters.evaluation import Evaluation
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.pareto import held_out_objectives, measure, reference_point
 from persona_sdk.adapters.preference_data import Reward, encode_examples
 from persona_sdk.adapters.preference_likelihood import (
@@ -33,27 +34,26 @@ from persona_sdk.adapters.preference_rewards import (
 )
 from persona_sdk.adapters.preference_student import Student
 from persona_sdk.adapters.preferences import grid
-from persona_sdk.adapters.svd_lora import Layers, svd_layers
+from persona_sdk.adapters.svd_layers import Layers, svd_layers
 from persona_sdk.adapters.training import TrainingReport, fit
+from persona_sdk.errors import InvalidInputError
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import TensorBundle
 
-if TYPE_CHECKING:
-    from persona_sdk.adapters.panacea import PanaceaConfig
-
-_DIVISIONS = {2: 4, 3: 2}  # 5 and 6 points for early stopping; vertices alone with more dimensions
+_DIVISIONS = {2: 4, 3: 2}  # 5 and 6 points for early stopping; vertices and centre with more dimensions
 
 
 def train(
     model: LanguageModel,
     data: Any,
-    options: "PanaceaConfig",
+    options: PanaceaConfig,
     *,
     start: TensorBundle,
     rewards: Mapping[str, Reward] | None = None,
     held_out: Any = None,
     checkpoints: Checkpoints | None = None,
     progress: bool | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> tuple[TensorBundle, TrainingReport]:
     """Train U, V, σ and s from `start`; arguments and errors as for `Panacea.train`."""
     with svd_layers(model, start, options.shape, seed=options.seed) as layers:
@@ -73,7 +73,7 @@ def train(
             collator=collate_prompts if options.objective == "reward" else collate_items,
             checkpoints=checkpoints,
             evaluation=evaluation,
-            callbacks=[student.announcer()],
+            callbacks=[student.announcer(), *callbacks],
         )
         return layers.tensors(), replace(report, tokens=student.tokens)
 
@@ -81,7 +81,7 @@ def train(
 def _student(
     model: LanguageModel,
     layers: Layers,
-    options: "PanaceaConfig",
+    options: PanaceaConfig,
     data: Any,
     rewards: Mapping[str, Reward] | None,
 ) -> tuple[Student, list[Any]]:
@@ -91,9 +91,14 @@ def _student(
         prompts = encode_prompts(model, data, longest - options.max_new_tokens)
         student = RewardStudent(model, layers, options, check_rewards(rewards, options.dimensions))
         return student, [prompt.as_row() for prompt in prompts]
+    if rewards is not None:
+        raise InvalidInputError(
+            f"There are rewards, and the objective is {options.objective!r}.",
+            hint="Pass objective='reward', or no rewards.",
+        )
     examples = encode_examples(model.tokenizer, data, options.dimensions, options.objective, longest)
     if options.objective == "dpo":
-        examples = with_reference(model, layers, examples)
+        examples = with_reference(model, layers, examples, options.per_device_eval_batch_size)
     scale = mean_length(examples)
     return LikelihoodStudent(model.module, layers, options, scale), dataset(examples, options.seed)
 
@@ -101,14 +106,16 @@ def _student(
 def _hypervolume(
     model: LanguageModel,
     layers: Layers,
-    options: "PanaceaConfig",
+    options: PanaceaConfig,
     held_out: Any,
     rewards: Mapping[str, Reward] | None,
 ) -> Callable[[], float]:
     """The score of early stopping; the reference point is fixed before the first step."""
     of, m = held_out_objectives(model, layers, options, held_out, rewards), len(options.dimensions)
     points = grid(m, _DIVISIONS.get(m, 1))
-    z = reference_point(torch.stack([values.mean() for values in of(None)]))
+    if m not in _DIVISIONS:
+        points = torch.cat([points, torch.full((1, m), 1 / m)])
+    z = reference_point(torch.stack([values.mean() for values in of(None)]), options.objective)
     hypervolume(z[None], z)  # the library that computes it may be missing: better now than later
 
     def score() -> float:

@@ -32,6 +32,7 @@ from persona_sdk.errors import InvalidInputError
 
 _DIVISIONS = {2: 10, 3: 5, 4: 3}  # 11, 21 and 20 points; with more dimensions vertices and middles of edges
 _ROUNDING = 1e-9
+_LARGEST = 1e6
 
 
 def complete(
@@ -106,7 +107,8 @@ def _require_usable(names: Sequence[str], given: Mapping[str, Any]) -> None:
                 f"There is no preference dimension {name!r}.", hint=f"Known: {', '.join(names)}."
             )
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf:  # false for NaN too
+        if not number or not 0 <= value <= _LARGEST:  # false for NaN too
             raise InvalidInputError(
-                f"The preference {name}={value!r} cannot be used.", hint="Expected a number of at least 0."
+                f"The preference {name}={value!r} cannot be used.",
+                hint=f"Expected a number from 0 to {_LARGEST:g}.",
             )

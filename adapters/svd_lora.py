@@ -1,4 +1,4 @@
-"""SVD-LoRA conditioned on a preference vector: the algebra, and the layer that is trained.
+"""SVD-LoRA conditioned on a preference vector: the algebra. The layer that is trained: `svd_layers`.
 
     W(λ) = W0 + c · U diag([σ, s∘λ]) Vᵀ,   c = α / k
 
@@ -21,20 +21,16 @@ References: Zhong et al. 2024, Panacea, arXiv 2402.02030; the form is that of Ad
 arXiv 2303.10512, without its pruning.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from persona_sdk.adapters.borrowing import borrowed
-from persona_sdk.adapters.random_state import seed_everything
 from persona_sdk.errors import IncompatibleAdapterError
-from persona_sdk.models import LanguageModel
-from persona_sdk.tensors import TensorBundle, freeze, low_rank_bundle
+from persona_sdk.tensors import TensorBundle, low_rank_bundle
 
 SIDES = ("U", "V", "sigma", "s")
 
@@ -157,100 +153,6 @@ def orthogonality(U: Float[Tensor, "d_out r"], V: Float[Tensor, "d_in r"]) -> Fl
     """``‖UᵀU - I‖²_F + ‖VᵀV - I‖²_F``, AdaLoRA's penalty."""
     eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
     return (U.T @ U - eye).square().sum() + (V.T @ V - eye).square().sum()
-
-
-class Preference:
-    """What all layers of one adapter read while they run: λ, and whether they take part at all.
-
-    Not a parameter and not a buffer, so it is in no checkpoint and nothing can train it.
-    """
-
-    def __init__(self) -> None:
-        self.vector: Tensor | None = None  # None: the base model, not λ = 0, where σ is still on
-
-    @contextmanager
-    def at(self, vector: Float[Tensor, "*rows m"] | None) -> Iterator[None]:
-        """Run the block at a preference vector, one a row, or as the base model."""
-        before, self.vector = self.vector, None if vector is None else vector.detach()
-        try:
-            yield
-        finally:
-            self.vector = before
-
-
-class SVDLinear(nn.Module):
-    """A frozen linear map with an SVD-LoRA beside it; U, V, σ and s are its only trainable parameters."""
-
-    def __init__(
-        self, inner: nn.Module, sides: tuple[Tensor, Tensor, Tensor, Tensor], shape: Shape, at: Preference
-    ) -> None:
-        super().__init__()
-        self.inner = inner
-        self.U, self.V, self.sigma, self.s = map(nn.Parameter, sides)
-        self._shape, self._preference = shape, at
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``W0 x + c U ([σ, s∘λ] ∘ (Vᵀ x))``."""
-        output: Tensor = self.inner(x)
-        preference = self._preference.vector
-        if preference is None:
-            return output
-        values = singular_values(self.sigma, self.s, preference, self._shape.preference_rank)
-        if values.ndim == 2:  # one a row of the batch, for all its tokens
-            values = values[:, None, :]
-        # In the dtype of the base, which on CPUs with bfloat16 units is what makes training fast.
-        U, V, scaled = (side.to(x.dtype) for side in (self.U, self.V, self._shape.multiplier * values))
-        return output + (x @ V * scaled) @ U.T
-
-
-@dataclass(frozen=True)
-class Layers:
-    """The layers in a model: where λ is set, and what they hold now."""
-
-    preference: Preference
-    modules: Mapping[str, SVDLinear]
-
-    def tensors(self) -> TensorBundle:
-        """Copies of U, V, σ and s of every module."""
-        return freeze(
-            {
-                f"{path}.{side}": getattr(layer, side).detach().cpu().clone()
-                for path, layer in self.modules.items()
-                for side in SIDES
-            }
-        )
-
-    def penalty(self) -> Tensor:
-        """Mean of `orthogonality` over the matrices."""
-        return torch.stack([orthogonality(layer.U, layer.V) for layer in self.modules.values()]).mean()
-
-
-@contextmanager
-def svd_layers(
-    model: LanguageModel, tensors: TensorBundle, shape: Shape, *, seed: int = 0
-) -> Iterator[Layers]:
-    """Put SVD-LoRA layers with these tensors into the base for the length of the block.
-
-    The model is locked meanwhile and restored afterwards. Only U, V, σ and s ask for gradients.
-
-    Args:
-        model: the base, or a twin of it.
-        tensors: U, V, σ and s of the modules to adapt.
-        shape: their common sizes.
-        seed: of the random numbers that are drawn inside the block.
-    """
-    with borrowed(model) as module:
-        seed_everything(seed)
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
-        preference, layers = Preference(), {}
-        for path, sides in sides_of(tensors).items():
-            owner, _, name = path.rpartition(".")
-            parent: Any = module.get_submodule(owner)
-            own = tuple(side.detach().to(model.device, torch.float32).clone() for side in sides)
-            layers[path] = SVDLinear(getattr(parent, name), own, shape, preference)  # type: ignore[arg-type]
-            setattr(parent, name, layers[path])
-        yield Layers(preference, layers)
 
 
 def _orthonormal(columns: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:

@@ -7,12 +7,11 @@
 | styles | rule-made answers, concise and formal                | SFT       | all of `panacea_methods`       |
 | three  | the same with casual; one seed                       | SFT       | panacea, soups, oracle         |
 | pairs  | rule-made pairs that brief and formal label opposite | DPO       | panacea, soups, s at 0         |
-| real   | shorter and longer responses to real prompts         | SFT       | panacea, published, soups,     |
-|        |                                                      |           | oracle                         |
+| real   | shorter and longer responses to real prompts         | SFT       | panacea, soups, oracle         |
 
 Soups bring the mixture of their experts with them. Prompts are split once; seeds are those of the adapters
-and of the λ drawn, and the oracle has one. Base model: SmolLM2-135M in bfloat16; what is trained is float32,
-and so is each low-rank update that is evaluated. `panacea_methods` says how compute is counted,
+and of the λ drawn, one for what is in `ONCE`. Base model: SmolLM2-135M in bfloat16; what is trained is
+float32, and so is each low-rank update that is evaluated. `panacea_methods` says how compute is counted,
 `panacea_report` what must hold, `panacea_stats` what the reference point and the intervals are. Data for
 "real" is not part of the project; see the README of the data folder.
 """
@@ -34,11 +33,12 @@ from benchmarks.harness import Cells, Result
 from benchmarks.panacea_methods import KINDS, Fit, Scorer
 from benchmarks.panacea_report import summarise
 from benchmarks.panacea_scores import Base, evaluate
-from persona_sdk.adapters.panacea import PanaceaConfig
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.models import LanguageModel
 
 ALL = tuple(KINDS)
-ONCE = ("oracle",)  # its vertices also fix the reference point, so there is one for all seeds
+# One seed: controls, whose answer is not a matter of seeds, and the oracle, which fixes the reference point.
+ONCE = ("oracle", "one_per_vector", "joint", "prompted", "scale_at_0")
 SMOKE = ("panacea", "published", "experts", "oracle", "scale_at_0")  # what a smoke run has: bars need them
 
 
@@ -91,9 +91,9 @@ PUBLISHED: Mapping[str, Any] = MappingProxyType(
 )
 SAMPLED: Mapping[str, Any] = MappingProxyType({"preference_sampling": "example", "sampled_objective": True})
 # The margin of an affine update grows evenly with λ. Vertices, whose margin has no end, make it too steep in
-# between: the best even margin is within 17 % of the logit under this law, within 46 % under the published.
-CALIBRATED: Mapping[str, Any] = MappingProxyType(
-    {"preference_sampling": "example", "concentration": 2.0, "vertex_probability": 0.0}
+# between, so there are half as many of them.
+FEWER_VERTICES: Mapping[str, Any] = MappingProxyType(
+    {"preference_sampling": "example", "vertex_probability": 0.1}
 )
 PARTS: Mapping[str, Part] = MappingProxyType(
     {
@@ -107,11 +107,11 @@ PARTS: Mapping[str, Part] = MappingProxyType(
             _pairs,
             ("panacea", "experts", "scale_at_0"),
             {"max_steps": 60, "per_device_train_batch_size": 6, "objective": "dpo"},
-            CALIBRATED,
+            FEWER_VERTICES,
         ),
         "real": Part(
             _real,
-            ("panacea", "published", "experts", "oracle"),
+            ("panacea", "experts", "oracle"),
             {"max_steps": 50, "per_device_train_batch_size": 4},
             SAMPLED,
         ),

@@ -41,7 +41,8 @@ from torch import Tensor
 from benchmarks.panacea_data import Example, Examples, Study
 from persona_sdk.adapters import lowrank, svd_lora
 from persona_sdk.adapters.objectives import log_likelihood
-from persona_sdk.adapters.panacea import Panacea, PanaceaConfig
+from persona_sdk.adapters.panacea import Panacea
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preferences import grid
 from persona_sdk.adapters.training_data import collate, encode_rows, pad_token
 from persona_sdk.adapters.twin import applied, twin

@@ -4,7 +4,7 @@
 |------------------------------------------------------------|----------------------------------------------|
 | least Spearman correlation of λ_i and objective i          | >= 0.95; over dimensions and seeds           |
 | hypervolume less that of rewarded soups                    | lower end of the 95 % interval above 0       |
-| hypervolume over the oracle's (SFT)                        | >= 0.9                                       |
+| hypervolume over that of the better mixture (SFT)          | >= 0.9; of the oracle, or of the experts     |
 | largest relative error of the mean margin (DPO)            | <= 0.25 of logit λ_1; mean over pairs, seeds |
 | range of any objective over λ with s frozen at 0, nats     | <= 1e-3; a control                           |
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks import panacea_tables as tables
 from benchmarks.harness import Bar, Row
-from benchmarks.panacea_measured import CONTROL, ORACLE, OURS, PAPER, SOUPS, Cell, Measured
+from benchmarks.panacea_measured import CONTROL, OURS, PAPER, SOUPS, Cell, Measured
 from benchmarks.panacea_stats import DRAWS
 
 ABOVE_0 = 1e-6  # two equal methods, or two without any hypervolume, differ by 0 and miss
@@ -33,11 +33,12 @@ NOTES = (
     "training seeds'.",
     "Oracle: log Σ λ_i p_i of one expert for each dimension, each trained once with the whole compute. It is "
     "no competitor: it is m models, and its compute is m times that of the others. 'mixture of the experts' "
-    "is the same of the experts that the soups are made of.",
+    "is the same of the experts that the soups are made of, with the compute of the others. Longer training "
+    "can overfit, so the bar takes the better of the two.",
     "One per vector exists at its own λ only, and hypervolume grows with the number of points. It is "
     "compared with panacea at those λ; its hypervolume beside methods with more λ is not comparable.",
     "'panacea, one λ for all' is panacea held at the one λ with the most hypervolume. With joint and scale "
-    "at 0 it shows what a share of the oracle's hypervolume is worth: a method that ignores λ has that much.",
+    "at 0 it shows what a share of a mixture's hypervolume is worth: a method that ignores λ has that much.",
     "-log λ_i is the closed form for styles that never give the same reply. Where both styles can, the "
     "optimum loses less.",
 )
@@ -75,8 +76,8 @@ def bars_of(part: Measured, method: str) -> dict[str, Bar]:
         ),
     }
     if part.objective == "sft":
-        share = part.against(method, ORACLE, "ratio")
-        bars["hypervolume over the oracle's"] = Bar.of(
+        share = part.against(method, part.mixture(), "ratio")
+        bars["hypervolume over that of the better mixture of experts"] = Bar.of(
             share.value, ">=", 0.9, interval=(share.low, share.high)
         )
     else:
@@ -106,7 +107,7 @@ def tables_of(part: Measured) -> dict[str, list[Row]]:
         found["margins"] = tables.margins(part, names)
         found["margins against logit λ, seed by seed"] = tables.margin_seeds(part, names)
     else:
-        found["hypervolume over the oracle's"] = tables.over_oracle(part)
+        found["hypervolume over the mixtures of experts"] = tables.over_mixtures(part)
         if len(part.dimensions) == 2:
             found["nats below the vertex"] = tables.below_the_vertex(part)
             found["nats below the vertex at λ = (1/2, 1/2)"] = tables.at_the_centre(part)

@@ -12,12 +12,13 @@ import torch
 
 from persona_sdk.adapters import Panacea, pareto
 from persona_sdk.adapters.checkpoints import Checkpoints
-from persona_sdk.adapters.panacea import PanaceaConfig
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preference_data import encode_examples, items
 from persona_sdk.adapters.preference_likelihood import choose, mean_length
+from persona_sdk.adapters.preference_rewards import check_rewards
 from persona_sdk.adapters.preference_student import Student
 from persona_sdk.adapters.preferences import grid
-from persona_sdk.adapters.svd_lora import Layers, Preference
+from persona_sdk.adapters.svd_layers import Layers, Preference
 from persona_sdk.errors import AdapterError, InvalidInputError
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import digest
@@ -47,6 +48,10 @@ def base() -> LanguageModel:
     return tiny_language_model(hidden=64)
 
 
+def len_of(prompt: str, reply: str) -> float:
+    return len(reply) / 10
+
+
 def values(base: LanguageModel, adapter: Panacea, data: Any = DATA, **more: Any) -> torch.Tensor:
     return pareto.evaluate(base, adapter, data, **more).values
 
@@ -58,7 +63,7 @@ def values(base: LanguageModel, adapter: Panacea, data: Any = DATA, **more: Any)
         {"preference_sampling": "example"},
         {"sampled_objective": True, "max_steps": 200},
         {"aggregation": "tchebycheff"},
-        {"aggregation": "smooth_tchebycheff", "preference_sampling": "example"},
+        {"aggregation": "smooth_tchebycheff", "ideal": (5.0, 5.0)},
         {"init": "normal", "alpha": 512.0, "learning_rate": 5e-3},
         {"orthogonality_weight": 0.1},
         {"preference_rank": 2, "scale_per_dimension": True},
@@ -84,7 +89,7 @@ def test_every_way_of_training_makes_each_style_likelier_where_it_is_preferred(
 
 def test_the_mixture_is_half_and_half_in_the_middle(base: LanguageModel) -> None:
     """The optimum of SFT under λ = (1/2, 1/2) has each style log 2 below its vertex."""
-    options = {**OPTIONS, "max_steps": 500, "learning_rate": 5e-3, "scale_per_dimension": True}
+    options = {**OPTIONS, "max_steps": 600, "learning_rate": 5e-3, "preference_sampling": "example"}
     adapter = Panacea.train(base, DATA, options)
     ends, middle = values(base, adapter, preferences=torch.eye(2)), torch.tensor([[0.5, 0.5]])
     excess = ends.diagonal() - values(base, adapter, preferences=middle)[0]
@@ -92,8 +97,9 @@ def test_the_mixture_is_half_and_half_in_the_middle(base: LanguageModel) -> None
 
 
 def test_dpo_learns_the_margin_that_the_preference_asks_for(base: LanguageModel) -> None:
+    law = {"preference_sampling": "example", "concentration": 2.0, "vertex_probability": 0.0}
     options = {**OPTIONS, "objective": "dpo", "beta": 1.0, "max_steps": 400, "learning_rate": 5e-3}
-    adapter = Panacea.train(base, PAIRS, options)
+    adapter = Panacea.train(base, PAIRS, {**options, **law})
     points = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.5, 0.5], [0.2, 0.8]])
     found = pareto.evaluate(base, adapter, PAIRS, points)
     assert found.base.tolist() == pytest.approx([-0.6931, -0.6931], abs=1e-4)
@@ -162,14 +168,26 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(base: Langu
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"preference_sampling": "example", "sampled_objective": True}], ids=str
+    "options",
+    [
+        {},
+        {"preference_sampling": "example", "sampled_objective": True},
+        {"objective": "dpo"},
+        {"objective": "reward", "max_new_tokens": 4},
+    ],
+    ids=str,
 )
 def test_a_resumed_run_goes_on_with_the_preference_that_was_due(
     options: dict[str, Any], base: LanguageModel, tmp_path: Path
 ) -> None:
-    whole = Panacea.train(base, DATA, {**OPTIONS, "max_steps": 12, **options})
+    objective = options.get("objective", "sft")
+    data = {"sft": DATA, "dpo": PAIRS, "reward": ["Is it warm?", "Is it far?"]}[objective]
+    rewards = dict.fromkeys(TWO, len_of) if objective == "reward" else None
+    whole = Panacea.train(base, data, {**OPTIONS, "max_steps": 12, **options}, rewards=rewards)
     code = f"""
 import os
+import torch
+torch.set_num_threads(1)  # as here: the number of threads decides the last bits
 from pathlib import Path
 from persona_sdk.adapters import Panacea
 from persona_sdk.adapters.checkpoints import Checkpoints
@@ -181,14 +199,21 @@ def dying(self, step):
         os._exit(9)
     begin(self, step)
 Student.begin = dying
+def len_of(prompt, reply):
+    return len(reply) / 10
 options = {{**{OPTIONS!r}, "max_steps": 12, **{options!r}}}
+rewards = {{name: len_of for name in {TWO!r}}} if {objective!r} == "reward" else None
 checkpoints = Checkpoints(folder=Path({str(tmp_path / "run")!r}), every=5)
-Panacea.train(tiny_language_model(hidden=64), {DATA!r}, options, checkpoints=checkpoints)
+Panacea.train(tiny_language_model(hidden=64), {data!r}, options, rewards=rewards, checkpoints=checkpoints)
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 9
     checkpoints = Checkpoints(folder=tmp_path / "run", every=5)
-    resumed = Panacea.train(base, DATA, {**OPTIONS, "max_steps": 12, **options}, checkpoints=checkpoints)
+    options = {**OPTIONS, "max_steps": 12, **options}
+    resumed = Panacea.train(base, data, options, rewards=rewards, checkpoints=checkpoints)
     assert resumed.digest == whole.digest
+    assert resumed.report is not None
+    assert whole.report is not None
+    assert resumed.report.tokens == whole.report.tokens
     written = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert written <= {".safetensors", ".json"}
 
@@ -206,7 +231,43 @@ def test_held_out_hypervolume_keeps_the_best_weights_and_ends_the_training(base:
     found = pareto.evaluate(base, adapter, held_out, grid(2, 4))
     from persona_sdk.adapters.dominance import hypervolume
 
-    assert hypervolume(found.values, pareto.reference_point(found.base)) == pytest.approx(best[1], rel=1e-3)
+    assert hypervolume(found.values, pareto.reference_point(found.base, "sft")) == pytest.approx(
+        best[1], rel=1e-3
+    )
+
+
+def test_early_stopping_does_not_take_calibrated_margins_for_worse(base: LanguageModel) -> None:
+    """Opposed labels: the optimum lies below the base in one dimension nearly everywhere."""
+    options = {**OPTIONS, "objective": "dpo", "beta": 1.0, "max_steps": 150, "learning_rate": 5e-3}
+    adapter = Panacea.train(base, PAIRS, options, held_out=PAIRS)
+    assert adapter.report is not None
+    assert adapter.report.best_step is not None
+    assert adapter.report.best_step > 50
+    assert all(score > 0 for _, score in adapter.report.evaluations)
+
+
+@pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*")
+def test_replies_are_sampled_from_the_policy_whatever_the_model_is_shipped_with() -> None:
+    from persona_sdk.adapters.preference_rewards import encode_prompts, sample_replies
+
+    base = tiny_language_model()
+    base.module.generation_config.update(temperature=0.01, min_p=0.9, repetition_penalty=5.0)
+    before = base.module.generation_config
+    prompts = encode_prompts(base, ["Is it warm?"] * 16, 100)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rows = sample_replies(base, prompts, 8)
+    assert len({tuple(row["input_ids"]) for row in rows}) == 16
+    assert base.module.generation_config is before
+
+
+def test_dropout_of_the_base_stays_off_while_its_layers_learn() -> None:
+    base = tiny_language_model(architecture="gpt2")
+    dropouts = [part for part in base.module.modules() if isinstance(part, torch.nn.Dropout) and part.p]
+    assert dropouts
+    student = Student(base.module, Layers(Preference(), {}), PanaceaConfig(**OPTIONS)).train()
+    assert student.training
+    assert not any(part.training for part in dropouts)
 
 
 class TestDraws:
@@ -254,6 +315,23 @@ class TestDraws:
         assert torch.equal(chosen.sum(1), torch.ones(20_000))
         assert chosen.mean(0).tolist() == pytest.approx([0.2, 0.0, 0.8], abs=0.01)
 
+    @pytest.mark.parametrize("how", ["batch", "example"])
+    def test_the_dimension_is_drawn_independently_of_how_its_weight_came_about(self, how: str) -> None:
+        """For every item of a batch, also the first: λ and the choice must not share random numbers."""
+        student = self.student(preference_sampling=how, vertex_probability=0.0)
+        weights, chosen = [], []
+        for step in range(4000):
+            student.begin(step)
+            preference, draw = student.draw(3)
+            weights.append(preference[:, 0])
+            chosen.append(choose(preference, draw)[:, 0])
+        weight, taken = torch.stack(weights), torch.stack(chosen).float()
+        for item in range(3):
+            for low in (0.0, 0.25, 0.5, 0.75):
+                inside = (weight[:, item] >= low) & (weight[:, item] < low + 0.25)
+                expected = float(weight[inside, item].mean())
+                assert float(taken[inside, item].mean()) == pytest.approx(expected, abs=0.05)
+
 
 class TestData:
     def encoded(self, base: LanguageModel, data: Any, objective: Any = "sft") -> Any:
@@ -290,6 +368,8 @@ class TestData:
             ({**DATA, "concise": []}, "sft", "lacks 'concise'"),
             ([{"prompt": "a"}], "dpo", "Pair 0"),
             ([{**PAIRS[0], "better": {"concise": 2}}], "dpo", "concise=2"),
+            ([{**PAIRS[0], "better": {"concise": 1.0}}], "dpo", "concise=1.0"),
+            (dict.fromkeys(TWO, 3), "dpo", "its data is a int"),
             ([{**PAIRS[0], "better": {"concise": 0}}], "dpo", "lacks 'detailed'"),
             ({name: [{"prompt": "a", "chosen": "b"}] for name in TWO}, "dpo", "pair 0"),
             ({name: [{"prompt": "a", "chosen": "b", "rejected": " "}] for name in TWO}, "dpo", "blank"),
@@ -315,6 +395,19 @@ class TestData:
     ) -> None:
         with pytest.raises(InvalidInputError, match=said):
             Panacea.train(base, prompts, {**OPTIONS, "objective": "reward"}, rewards=rewards)
+
+    def test_rewards_without_their_objective_and_what_is_no_function_are_refused(
+        self, base: LanguageModel
+    ) -> None:
+        with pytest.raises(InvalidInputError, match="objective is 'sft'"):
+            Panacea.train(base, DATA, OPTIONS, rewards=dict.fromkeys(TWO, len_of))
+        wrong: Any = dict.fromkeys(TWO, "len")
+        with pytest.raises(InvalidInputError, match="'concise' is a str"):
+            check_rewards(wrong, TWO)
+
+    def test_labels_of_no_dimension_are_counted_in_the_log(self, base: LanguageModel, caplog) -> None:
+        self.encoded(base, PAIRS, "dpo")
+        assert "'ignored': 2" in caplog.text
 
     def test_a_reward_that_is_no_number_ends_the_training(self, base: LanguageModel) -> None:
         rewards = {"concise": lambda prompt, reply: 1.0, "detailed": lambda prompt, reply: float("nan")}

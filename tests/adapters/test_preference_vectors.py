@@ -54,6 +54,8 @@ def test_the_result_is_a_point_of_the_simplex_and_completing_again_keeps_it(weig
         ({"warm": math.nan}, "warm=nan"),
         ({"warm": math.inf}, "warm=inf"),
         ({"warm": True}, "warm=True"),
+        ({"warm": 1e308, "concise": 1e308}, "1e[+]308"),
+        ({"warm": 10**400}, "warm=1000"),
         ({"warm": "much"}, "warm='much'"),
         (dict.fromkeys(NAMES, 0.0), "no weight above 0"),
     ],

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from persona_sdk.adapters import lowrank, svd_lora
-from persona_sdk.adapters.panacea import PanaceaConfig, initial_tensors
-from persona_sdk.adapters.svd_lora import Preference, Shape, SVDLinear, svd_layers
-from persona_sdk.errors import IncompatibleAdapterError
+from persona_sdk.adapters.panacea import initial_tensors
+from persona_sdk.adapters.panacea_config import PanaceaConfig
+from persona_sdk.adapters.svd_layers import Preference, SVDLinear, svd_layers
+from persona_sdk.adapters.svd_lora import Shape
+from persona_sdk.errors import IncompatibleAdapterError, UnsupportedAdapterError
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import low_rank_pairs
 from persona_sdk.testing import tiny_language_model
@@ -45,6 +47,13 @@ def dense(sides: tuple[Tensor, ...], preference: Tensor, shape: Shape) -> Tensor
     return shape.multiplier * total
 
 
+def served(sides: tuple[Tensor, ...], preference: Tensor, shape: Shape) -> Tensor:
+    """ΔW of what the engine is given: folded factors and a gate."""
+    names = {f"a.b.{side}": value for side, value in zip(svd_lora.SIDES, sides, strict=True)}
+    ((_, A, B),) = low_rank_pairs(svd_lora.fold(names, shape))
+    return lowrank.delta(A, B, svd_lora.gate(preference.tolist(), shape))
+
+
 def layer(sides: tuple[Tensor, ...], shape: Shape, at: Preference) -> SVDLinear:
     inner = nn.Linear(D_IN, D_OUT, dtype=torch.float64)
     for parameter in inner.parameters():
@@ -60,10 +69,7 @@ def test_what_is_served_and_what_is_trained_are_the_formula(shape: Shape) -> Non
     sides = random_sides(shape)
     preference = torch.rand(shape.dimensions, dtype=torch.float64)
     expected = dense(sides, preference, shape)
-    names = {f"a.b.{side}": value for side, value in zip(svd_lora.SIDES, sides, strict=True)}
-    ((_, A, B),) = low_rank_pairs(svd_lora.fold(names, shape))
-    served = lowrank.delta(A, B, svd_lora.gate(preference.tolist(), shape))
-    torch.testing.assert_close(served, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(served(sides, preference, shape), expected, atol=1e-12, rtol=0)
 
     at = Preference()
     module, x = layer(sides, shape, at), torch.randn(4, 6, D_IN, dtype=torch.float64)
@@ -88,11 +94,11 @@ def test_the_update_is_affine_in_the_preference(seed: int, a: float, shape: Shap
     draw = torch.Generator().manual_seed(seed)
     sides = random_sides(shape, seed)
     one, two = (torch.rand(shape.dimensions, generator=draw, dtype=torch.float64) for _ in range(2))
-    mixed = dense(sides, a * one + (1 - a) * two, shape)
-    expected = a * dense(sides, one, shape) + (1 - a) * dense(sides, two, shape)
+    mixed = served(sides, a * one + (1 - a) * two, shape)
+    expected = a * served(sides, one, shape) + (1 - a) * served(sides, two, shape)
     torch.testing.assert_close(mixed, expected, atol=1e-10, rtol=0)
     vertex = torch.eye(shape.dimensions, dtype=torch.float64)[0]
-    rank = int(torch.linalg.matrix_rank(dense(sides, vertex, shape)))
+    rank = int(torch.linalg.matrix_rank(served(sides, vertex, shape)))
     assert rank <= shape.rank + shape.preference_rank
 
 
@@ -103,7 +109,7 @@ def test_permuting_dimensions_permutes_their_directions() -> None:
     preference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     permuted = (U[:, columns], V[:, columns], sigma, s[order])
     torch.testing.assert_close(
-        dense(permuted, preference[order], shape), dense((U, V, sigma, s), preference, shape)
+        served(permuted, preference[order], shape), served((U, V, sigma, s), preference, shape)
     )
 
 
@@ -179,8 +185,17 @@ def test_layers_in_the_model_are_what_the_engine_is_given(tiny: LanguageModel) -
         assert set(layers.tensors()) == set(tensors)
     for row, preference in enumerate(preferences.tolist()):
         with patched(tiny, svd_lora.fold(tensors, options.shape), svd_lora.gate(preference, options.shape)):
-            served = logits(tiny.module, IDS[row : row + 1])
-        torch.testing.assert_close(trained[row : row + 1], served, atol=1e-4, rtol=1e-4)
+            alone = logits(tiny.module, IDS[row : row + 1])
+        torch.testing.assert_close(trained[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_preference_a_row_reaches_the_tokens_of_its_row_where_rows_lie_end_to_end() -> None:
+    shape, at = shape_of(), Preference()
+    module, x = layer(random_sides(shape), shape, at), torch.randn(4, 6, D_IN, dtype=torch.float64)
+    with at.at(torch.rand(4, 3, dtype=torch.float64)):
+        torch.testing.assert_close(module(x.flatten(0, 1)), module(x).flatten(0, 1))
+        with pytest.raises(UnsupportedAdapterError, match="7 tokens of 4 rows"):
+            module(x.flatten(0, 1)[:7])
 
 
 class TestInitialisation:

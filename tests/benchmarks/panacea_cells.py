@@ -17,6 +17,7 @@ SFT = (
     "scale at 0",
 )
 DPO = ("panacea", "rewarded soups", "scale at 0")
+ONCE = ("oracle", "one per vector", "joint", "λ in the prompt", "scale at 0")
 PROMPTS = 20
 
 
@@ -69,7 +70,7 @@ def cells(
     for seed in range(seeds):
         methods = {}
         for kind in kinds:
-            if kind == "oracle" and found:
+            if kind in ONCE and found:
                 methods[kind] = found[0]["methods"][kind]
                 continue
             change = (changes or {}).get(kind)

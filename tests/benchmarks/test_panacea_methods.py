@@ -26,7 +26,8 @@ from benchmarks.panacea_methods import (
 )
 from benchmarks.panacea_scores import Base, Scores, evaluate
 from persona_sdk.adapters import lowrank
-from persona_sdk.adapters.panacea import Panacea, PanaceaConfig
+from persona_sdk.adapters.panacea import Panacea
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.pareto import evaluate as measured
 from persona_sdk.adapters.preferences import grid
 from persona_sdk.tensors import low_rank_pairs
