@@ -53,6 +53,8 @@ def summarise(
         found: cells by part, one a seed.
         n: draws of prompts.
     """
+    if not found:
+        return {}, {}, []
     bars: dict[str, Bar] = {}
     shown: dict[str, list[Row]] = {}
     notes: list[str] = []
@@ -63,7 +65,7 @@ def summarise(
         shown |= {f"{name}: {title}": rows for title, rows in tables_of(part).items()}
         if PAPER in part.scores:
             notes.append(_published(name, bars_of(part, PAPER)))
-    return bars, {"parts": tables.parts(found), **shown}, [*NOTES, *notes] if found else []
+    return bars, {"parts": tables.parts(found), **shown}, [*NOTES, *notes]
 
 
 def bars_of(part: Measured, method: str) -> dict[str, Bar]:

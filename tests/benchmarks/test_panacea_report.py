@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import harness, report
 from benchmarks.harness import Result
+from benchmarks.panacea import PARTS, SMOKE
 from benchmarks.panacea_measured import Measured
 from benchmarks.panacea_report import bars_of, control, summarise
 from tests.benchmarks.panacea_cells import PROMPTS, cells, logits
@@ -204,6 +205,14 @@ def test_runs_on_other_prompts_cannot_be_paired():
 
 def test_nothing_found_gives_nothing():
     assert summarise({}) == ({}, {}, [])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_smoke_run_has_what_the_bars_need(name):
+    needed = {"panacea", "experts"} | (
+        {"oracle"} if PARTS[name].options.get("objective", "sft") == "sft" else set()
+    )
+    assert needed <= set(SMOKE) & set(PARTS[name].kinds)
 
 
 def test_a_study_becomes_a_report_with_a_figure(tmp_path):
