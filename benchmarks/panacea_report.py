@@ -14,6 +14,7 @@ same numbers in a table, and a note says which bars it would miss.
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks import panacea_closed_forms as closed
 from benchmarks import panacea_tables as tables
 from benchmarks.harness import Bar, Row
 from benchmarks.panacea_measured import CONTROL, OURS, PAPER, SOUPS, Cell, Measured
@@ -106,13 +107,13 @@ def tables_of(part: Measured) -> dict[str, list[Row]]:
         found["over training seeds"] = tables.spread(part)
     if part.objective == "dpo":
         names = [name for name in (OURS, PAPER, SOUPS) if name in part.scores]
-        found["margins"] = tables.margins(part, names)
-        found["margins against logit λ, seed by seed"] = tables.margin_seeds(part, names)
+        found["margins"] = closed.margins(part, names)
+        found["margins against logit λ, seed by seed"] = closed.margin_seeds(part, names)
     else:
         found["hypervolume over the mixtures of experts"] = tables.over_mixtures(part)
         if len(part.dimensions) == 2:
-            found["nats below the vertex"] = tables.below_the_vertex(part)
-            found["nats below the vertex at λ = (1/2, 1/2)"] = tables.at_the_centre(part)
+            found["nats below the vertex"] = closed.below_the_vertex(part)
+            found["nats below the vertex at λ = (1/2, 1/2)"] = closed.at_the_centre(part)
     return {**found, "fronts": tables.front_points(part)}
 
 
