@@ -53,6 +53,10 @@ class Setting:
     def held_out(self, full: int) -> int:
         return 6 if self.quick else full
 
+    def train(self, full: int) -> int:
+        """DPO reads the reference of every training pair before it starts."""
+        return 24 if self.quick else full
+
 
 @dataclass(frozen=True)
 class Part:
@@ -74,11 +78,13 @@ class Part:
 
 
 def _styles(*names: str, held_out: int) -> Callable[[Setting], panacea_data.Study]:
-    return lambda setting: panacea_data.made_styles(names, train=200, held_out=setting.held_out(held_out))
+    return lambda setting: panacea_data.made_styles(
+        names, train=setting.train(200), held_out=setting.held_out(held_out)
+    )
 
 
 def _pairs(setting: Setting) -> panacea_data.Study:
-    return panacea_data.made_pairs(train=200, held_out=setting.held_out(30))
+    return panacea_data.made_pairs(train=setting.train(200), held_out=setting.held_out(30))
 
 
 def _real(setting: Setting) -> panacea_data.Study | None:

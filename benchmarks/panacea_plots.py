@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.harness import Result, Row
-from benchmarks.panacea_measured import CONTROL, ORACLE, OURS, PAPER, SOUPS
+from benchmarks.panacea_measured import CONTROL, MIXTURE, ORACLE, OURS, PAPER, SOUPS
 
 _Draw = Callable[[Any, Result], None]
 _GREY = "#666666"
@@ -28,6 +28,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     PAPER: ("#56B4E9", "v", "-"),
     SOUPS: ("#D55E00", "s", "-"),
     ORACLE: ("#000000", "", "--"),
+    MIXTURE: ("#444444", "", "-."),
     "λ in the prompt": ("#009E73", "^", "-"),
     "one per vector": ("#CC79A7", "P", ""),
     "joint": ("#E69F00", "D", ""),
@@ -36,7 +37,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
 NAMES = {
     OURS: "Panacea, as this SDK recommends",
     PAPER: "Panacea, as published",
-    ORACLE: "oracle: mixture of experts",
+    ORACLE: "oracle: mixture of experts, m × compute",
+    MIXTURE: "mixture of the soups' experts",
     "joint": "joint, without λ",
     CONTROL: "control: s frozen at 0",
     "one per vector": "one adapter for each λ",
@@ -96,9 +98,16 @@ def _front(axis: Any, result: Result, part: str, title: str) -> None:
         max(values) for values in zip(*(point for each in curves.values() for point in each), strict=True)
     ]
     high = [max(top, at + 1) + 0.3 for top, at in zip(tops, z, strict=True)]
-    for method in STYLES:
-        if any(x > low[0] and y > low[1] for x, y in curves.get(method, [])):
+    outside = []
+    for method in [method for method in STYLES if method in curves]:
+        if any(x > low[0] and y > low[1] for x, y in curves[method]):
             _curve(axis, method, curves[method])
+        else:
+            outside.append(NAMES.get(method, method))
+    if outside:
+        said = f"outside: {', '.join(outside)}"
+        text = axis.annotate(said, (0.02, 0.02), xycoords="axes fraction", fontsize=7.5, color=_GREY)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})
     axis.axvline(z[0], color=_GREY, linewidth=0.8, linestyle=":")
     axis.axhline(z[1], color=_GREY, linewidth=0.8, linestyle=":")
     axis.plot(*z, marker="+", markersize=11, markeredgewidth=1.8, color=_GREY, linestyle="", zorder=4)

@@ -49,8 +49,6 @@ def test_a_front_is_the_curve_of_its_table(tables):
     axis = PLOTS["panacea"](result(tables)).axes[0]
     lines = {line.get_label(): line for line in axis.get_lines()}
     for method in SFT:
-        if method == "mixture of the experts":
-            continue
         mine = [row for row in tables["styles: fronts"] if row["method"] == method]
         expected = sorted((row["λ concise"], row["concise"], row["formal"]) for row in mine)
         assert np.allclose(lines[NAMES.get(method, method)].get_xydata(), [row[1:] for row in expected])
@@ -70,6 +68,18 @@ def test_the_reference_point_is_in_view_and_so_is_panacea(tables):
             assert all(limits[0] < point[name] < limits[1] for point in shown)
 
 
+def test_a_method_that_is_out_of_view_is_named(tables):
+    rows = [
+        {**row, "concise": -90.0} if row["method"] == "one per vector" else row
+        for row in tables["styles: fronts"]
+    ]
+    for shown, missing in ((tables["styles: fronts"], False), (rows, True)):
+        axis = PLOTS["panacea"](result({**tables, "styles: fronts": shown})).axes[0]
+        named = "outside: one adapter for each λ" in [text.get_text() for text in axis.texts]
+        drawn = "one adapter for each λ" in axis.get_legend_handles_labels()[1]
+        assert (named, drawn) == (missing, not missing)
+
+
 def test_margins_stand_against_their_logits(tables):
     figure = PLOTS["panacea"](result(tables))
     axis = figure.axes[panels(figure).index("Opposite labels (DPO): margin of a pair")]
@@ -87,4 +97,4 @@ def test_methods_differ_in_colour_and_marker():
     drawn = [STYLES[method] for method in STYLES]
     assert len({colour for colour, _, _ in drawn}) == len(drawn)
     assert len({(marker, line) for _, marker, line in drawn}) == len(drawn)
-    assert {*SFT, *DPO} - set(STYLES) == {"mixture of the experts"}
+    assert {*SFT, *DPO} == set(STYLES)
