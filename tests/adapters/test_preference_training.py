@@ -1,6 +1,7 @@
 """Training under preferences: it follows λ, leaves the base alone, resumes, and stops early."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ from persona_sdk.adapters.checkpoints import Checkpoints
 from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preference_data import encode_examples, items
 from persona_sdk.adapters.preference_likelihood import choose, mean_length
-from persona_sdk.adapters.preference_rewards import check_rewards
 from persona_sdk.adapters.preference_student import Student
 from persona_sdk.adapters.preferences import grid
 from persona_sdk.adapters.svd_layers import Layers, Preference
@@ -62,7 +62,7 @@ def values(base: LanguageModel, adapter: Panacea, data: Any = DATA, **more: Any)
         {},
         {"preference_sampling": "example"},
         {"sampled_objective": True, "max_steps": 200},
-        {"aggregation": "tchebycheff"},
+        {"aggregation": "tchebycheff", "max_steps": 200},
         {"aggregation": "smooth_tchebycheff", "ideal": (5.0, 5.0)},
         {"init": "normal", "alpha": 512.0, "learning_rate": 5e-3},
         {"orthogonality_weight": 0.1},
@@ -87,13 +87,16 @@ def test_every_way_of_training_makes_each_style_likelier_where_it_is_preferred(
     assert adapter.report.tokens > 0
 
 
-def test_the_mixture_is_half_and_half_in_the_middle(base: LanguageModel) -> None:
-    """The optimum of SFT under λ = (1/2, 1/2) has each style log 2 below its vertex."""
-    options = {**OPTIONS, "max_steps": 600, "learning_rate": 5e-3, "preference_sampling": "example"}
-    adapter = Panacea.train(base, DATA, options)
-    ends, middle = values(base, adapter, preferences=torch.eye(2)), torch.tensor([[0.5, 0.5]])
-    excess = ends.diagonal() - values(base, adapter, preferences=middle)[0]
-    assert excess.tolist() == pytest.approx([0.69, 0.69], abs=0.35)
+def test_at_one_half_the_optimum_is_the_mixture_of_the_styles(base: LanguageModel) -> None:
+    """Each style is log 2 less likely than to an adapter that knows no other."""
+
+    def learned(preference: tuple[float, float]) -> torch.Tensor:
+        options = {**OPTIONS, "learning_rate": 2e-2, "max_steps": 150, "fixed_preference": preference}
+        adapter = Panacea.train(base, DATA, options)
+        return values(base, adapter, preferences=torch.tensor([preference]))[0]
+
+    alone = torch.stack([learned((1.0, 0.0))[0], learned((0.0, 1.0))[1]])
+    assert (alone - learned((0.5, 0.5))).tolist() == pytest.approx([0.6931, 0.6931], abs=0.1)
 
 
 def test_dpo_learns_the_margin_that_the_preference_asks_for(base: LanguageModel) -> None:
@@ -109,23 +112,18 @@ def test_dpo_learns_the_margin_that_the_preference_asks_for(base: LanguageModel)
 
 
 def test_rewards_raise_what_is_preferred(base: LanguageModel) -> None:
-    rewards = {
-        "early": lambda prompt, reply: sum(letter in "abcdefghijklm" for letter in reply) / 8,
-        "late": lambda prompt, reply: sum(letter in "nopqrstuvwxyz" for letter in reply) / 8,
-    }
+    def early(prompt: str, reply: str) -> float:
+        letters = [letter for letter in reply.lower() if letter.isalpha()]
+        return sum(letter < "n" for letter in letters) / max(len(letters), 1)
+
+    rewards = {"early": early, "late": lambda prompt, reply: 1 - early(prompt, reply)}
+    options = {"dimensions": ("early", "late"), "rank": 4, "objective": "reward", "max_new_tokens": 6}
+    more = {"learning_rate": 2e-2, "kl": 0.01, "max_steps": 100, "samples_per_prompt": 16}
+    law = {"preference_sampling": "example", "vertex_probability": 0.8}
     prompts = ["Is it warm?", "Is it far?"]
-    options = {"dimensions": ("early", "late"), "rank": 4, "objective": "reward", "max_new_tokens": 8}
-    more = {"learning_rate": 1e-2, "kl": 0.01, "max_steps": 250, "samples_per_prompt": 16}
-    adapter = Panacea.train(
-        base,
-        prompts,
-        {**options, **more, "preference_sampling": "example", "vertex_probability": 0.6},
-        rewards=rewards,
-    )
+    adapter = Panacea.train(base, prompts, {**options, **more, **law}, rewards=rewards)
     found = pareto.evaluate(base, adapter, prompts * 30, torch.eye(2), rewards=rewards)
-    assert (found.values.diagonal() > 1.5 * found.base).all()
-    assert found.values[0, 0] > found.values[1, 0]
-    assert found.values[1, 1] > found.values[0, 1]
+    assert (found.values.diagonal() - found.base).min() > 0.15
     again = pareto.evaluate(base, adapter, prompts * 30, torch.eye(2), rewards=rewards)
     assert torch.equal(again.values, found.values)
 
@@ -141,7 +139,7 @@ def test_a_frozen_scale_flattens_the_front(base: LanguageModel) -> None:
 def test_many_dimensions_are_told_apart(m: int, base: LanguageModel) -> None:
     names = tuple(f"style{i}" for i in range(m))
     data = {name: [("Is it warm?", f"{chr(97 + i) * 2}{chr(110 + i) * 2}")] for i, name in enumerate(names)}
-    options = {**OPTIONS, "dimensions": names, "max_steps": 60 * m, "vertex_probability": 0.5}
+    options = {**OPTIONS, "dimensions": names, "max_steps": 40 * m, "vertex_probability": 0.5}
     adapter = Panacea.train(base, data, {**options, "scale_per_dimension": True})
     found = values(base, adapter, data, preferences=torch.eye(m))
     assert found.argmax(0).tolist() == list(range(m))  # each style is likeliest at its own vertex
@@ -236,14 +234,14 @@ def test_held_out_hypervolume_keeps_the_best_weights_and_ends_the_training(base:
     )
 
 
-def test_early_stopping_does_not_take_calibrated_margins_for_worse(base: LanguageModel) -> None:
-    """Opposed labels: the optimum lies below the base in one dimension nearly everywhere."""
-    options = {**OPTIONS, "objective": "dpo", "beta": 1.0, "max_steps": 150, "learning_rate": 5e-3}
-    adapter = Panacea.train(base, PAIRS, options, held_out=PAIRS)
-    assert adapter.report is not None
-    assert adapter.report.best_step is not None
-    assert adapter.report.best_step > 50
-    assert all(score > 0 for _, score in adapter.report.evaluations)
+def test_calibrated_margins_are_worth_more_than_the_base_they_started_from() -> None:
+    """Opposed labels: the optimum (log λ, log(1 - λ)) is below the base in one dimension nearly everywhere."""
+    from persona_sdk.adapters.dominance import hypervolume
+
+    base = torch.full((2,), -math.log(2))
+    optimum = grid(2, 4).clamp(1e-3, 1).log()
+    z = pareto.reference_point(base, "dpo")
+    assert hypervolume(optimum, z) > 1.1 * hypervolume(base[None], z) > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*")
@@ -396,14 +394,9 @@ class TestData:
         with pytest.raises(InvalidInputError, match=said):
             Panacea.train(base, prompts, {**OPTIONS, "objective": "reward"}, rewards=rewards)
 
-    def test_rewards_without_their_objective_and_what_is_no_function_are_refused(
-        self, base: LanguageModel
-    ) -> None:
+    def test_rewards_without_their_objective_are_refused(self, base: LanguageModel) -> None:
         with pytest.raises(InvalidInputError, match="objective is 'sft'"):
             Panacea.train(base, DATA, OPTIONS, rewards=dict.fromkeys(TWO, len_of))
-        wrong: Any = dict.fromkeys(TWO, "len")
-        with pytest.raises(InvalidInputError, match="'concise' is a str"):
-            check_rewards(wrong, TWO)
 
     def test_labels_of_no_dimension_are_counted_in_the_log(self, base: LanguageModel, caplog) -> None:
         self.encoded(base, PAIRS, "dpo")
