@@ -7,10 +7,11 @@
 
 *The reference point.* best_i is what the oracle, an expert of dimension i with the whole compute, gives at
 vertex i (SFT), or 0, the supremum of J (DPO). It comes from no method under comparison, and is one point for
-all methods, seeds and draws. It is a fixed place, not a bound: an expert trained for longer can overfit. At the known optima below, 3 nats are a weight of exp(-3) = 0.05, so that all
-inner points of the grid are above z. Further away a front is measured by its ends: from the values of the
-base model, 15 to 33 nats down, even one model for all λ has over 0.9 of the oracle's hypervolume. For DPO the
-base is at -log 2 in both dimensions, and where labels are opposed no policy is above that in both.
+all methods, seeds and draws. It is a fixed place and no bound: an expert that is trained for longer can
+overfit. At the known optima below, 3 nats are a weight of exp(-3) = 0.05, so that all inner points of the
+grid are above z. Further away a front is measured by its ends: from the values of the base model, 15 to 33
+nats down, even one model for all λ has over 0.9 of the oracle's hypervolume. For DPO the base is at -log 2 in
+both dimensions, and where labels are opposed no policy is above that in both.
 
 *The interval.* Prompts are split once, so position q is the same prompt in all runs. A draw of prompts is the
 same for all methods, seeds and λ, and the hypervolume is taken anew for each; the means over seeds are
