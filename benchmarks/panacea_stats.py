@@ -1,16 +1,25 @@
 """Numbers for the bars of `benchmarks.panacea`: paired intervals and distances to closed forms. Pure.
 
     ξ_i(λ)      mean over prompts of what dimension i gets under λ
-    HV(ξ; z)    hypervolume of all points against z; z is the same for all methods, seeds and draws
-    interval    2.5 and 97.5 % quantiles over 1,000 draws of prompts, with replacement. All methods,
-                seeds and preferences see the same draws; the hypervolume is taken anew for each
+    z_i         best_i - 3 nats, where hypervolumes are measured from
+    HV(ξ; z)    hypervolume of all points of a method against z
+    interval    2.5 and 97.5 % quantiles over 1,000 draws of held-out prompts, with replacement
 
-The reference z is fixed before anything is trained. SFT: what the base model gives. DPO: -3 nats, which is
-J at the optimum of weight exp(-3) = 0.05; the base itself is at -log 2 in every dimension, and where labels
-are opposed no policy is above that in two dimensions at once.
+*The reference point.* best_i is what the oracle, an expert of dimension i with the whole compute, gives at
+vertex i (SFT), or 0, the supremum of J (DPO). It comes from no method under comparison, and is one point for
+all methods, seeds and draws. It is a fixed place and no bound: an expert that is trained for longer can
+overfit. At the known optima below, 3 nats are a weight of exp(-3) = 0.05, so that all inner points of the
+grid are above z. Further away a front is measured by its ends: from the values of the base model, 15 to 33
+nats down, even one model for all λ has over 0.9 of the oracle's hypervolume. For DPO the base is at -log 2 in
+both dimensions, and where labels are opposed no policy is above that in both.
 
-Closed forms, for two dimensions that disagree on everything: a reply of style i costs -log λ_i nats more than
-under the model of style i (SFT); the margin of a pair is logit λ_1 (DPO, linear). Both fronts are
+*The interval.* Prompts are split once, so position q is the same prompt in all runs. A draw of prompts is the
+same for all methods, seeds and λ, and the hypervolume is taken anew for each; the means over seeds are
+compared. The interval says what other prompts would change. It does not contain the variation between
+training seeds, which is reported apart.
+
+*Closed forms*, for two dimensions that disagree on everything: a reply of style i costs -log λ_i nats more
+than under the model of style i (SFT); the margin of a pair is logit λ_1 (DPO, linear). Both fronts are
 (log λ_1, log λ_2), whose eleven points have a hypervolume of 7.17 of 9 against z = (-3, -3).
 
 | symbol | argument          | shape                                                          |
@@ -45,10 +54,12 @@ class Interval:
     high: float
 
 
-def reference(objective: Literal["sft", "dpo"], base: Float[Array, "1 prompts m"]) -> Float[Array, " m"]:
-    """Z for values of the base model; see the module."""
-    found = means(base)[0]
-    return found if objective == "sft" else np.full_like(found, -NATS)
+def vertex_values(
+    preferences: Float[Array, "points m"], values: Float[Array, "points prompts m"]
+) -> Float[Array, " m"]:
+    """What each dimension gets at its own vertex."""
+    at = [int(np.flatnonzero(preferences[:, i] == 1)[0]) for i in range(preferences.shape[1])]
+    return means(values)[at, range(len(at))]
 
 
 def means(values: Float[Array, "points prompts m"]) -> Float[Array, "points m"]:
@@ -85,26 +96,22 @@ def hypervolumes(
     return np.mean(found, axis=0)
 
 
-def compare(
-    ours: Sequence[Float[Array, "points prompts m"]],
-    theirs: Sequence[Float[Array, "others prompts m"]],
-    z: Float[Array, " m"],
-    *,
-    how: Literal["difference", "ratio"] = "difference",
-    n: int = DRAWS,
-    seed: int = 0,
+def paired(
+    first: Float[Array, " draws"], second: Float[Array, " draws"], how: Literal["difference", "ratio"]
 ) -> Interval:
-    """Hypervolume of one method less that of another, or over it; paired over prompts, means over seeds."""
-    prompts = ours[0].shape[1]
-    if {values.shape[1] for values in (*ours, *theirs)} != {prompts}:
-        raise ValueError("All runs must have the same held-out prompts.")
-    whole = np.ones((1, prompts), dtype=np.int64)
-    counts = np.concatenate([whole, draws(prompts, n, seed)])
-    first, second = (hypervolumes(runs, z, counts) for runs in (ours, theirs))
+    """One method less another, or over it: both for all prompts, in front, and for the same draws of them.
+
+    A ratio to nothing is 0.
+    """
     nothing = np.zeros_like(first)
     found = first - second if how == "difference" else np.divide(first, second, nothing, where=second > 0)
     low, high = np.quantile(found[1:], [0.025, 0.975])
     return Interval(float(found[0]), float(low), float(high))
+
+
+def with_all(prompts: int, n: int = DRAWS) -> Int[np.ndarray, "draws prompts"]:
+    """Every prompt once, and `n` draws after it."""
+    return np.concatenate([np.ones((1, prompts), dtype=np.int64), draws(prompts, n)])
 
 
 def worst_rank_correlation(
@@ -123,9 +130,7 @@ def excess(
     preferences: Float[Array, "points m"], values: Float[Array, "points prompts m"]
 ) -> Float[Array, "points m"]:
     """Nats that each dimension lies below its vertex; -log λ_i for the mixture of disjoint styles."""
-    found = means(values)
-    at = [int(np.flatnonzero(preferences[:, i] == 1)[0]) for i in range(preferences.shape[1])]
-    return found[at, range(len(at))] - found
+    return vertex_values(preferences, values) - means(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +159,3 @@ def margin_errors(weights: Float[Array, " points"], margins: Float[Array, "point
     logits = np.log(weights) - np.log1p(-weights)
     slope = float(found @ logits / (logits @ logits))
     return MarginErrors(weights, found, np.abs(found - logits) / np.abs(logits), slope)
-
-
-def mixture_front(preferences: Float[Array, "points m"], floor: float = 1e-3) -> Float[Array, "points m"]:
-    """The closed form of disjoint styles, as nats above the vertices; weights are cut at `floor`."""
-    return np.log(np.clip(preferences, floor, 1.0))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks import memory_plots
+from benchmarks import memory_plots, panacea_plots
 from benchmarks.harness import Result, Row
 
 _COLOURS = {"ours": "#2a6fbb", "peft": "#c9752d"}
@@ -162,6 +162,7 @@ def _throughput_panel(axis: Any, rows: Sequence[Row]) -> None:
 PLOTS: Mapping[str, Callable[[Result], Any]] = {
     "compose": compose,
     "memory": memory_plots.memory,
+    "panacea": panacea_plots.panacea,
     "serve": serve,
 }
 

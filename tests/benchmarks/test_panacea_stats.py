@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from benchmarks import panacea_stats
 from benchmarks.panacea_stats import (
-    compare,
     drawn_means,
     draws,
     excess,
@@ -17,14 +16,26 @@ from benchmarks.panacea_stats import (
     hypervolumes,
     margin_errors,
     means,
-    mixture_front,
-    reference,
+    paired,
+    vertex_values,
+    with_all,
     worst_rank_correlation,
 )
 from persona_sdk.adapters.preferences import grid
 
 GRID = grid(2).double().numpy()
 Z = np.array([-3.0, -3.0])
+
+
+def mixture_front(preferences):
+    """The closed form of disjoint styles, as nats above the vertices; weights are cut at 0.001."""
+    return np.log(np.clip(preferences, 1e-3, 1.0))
+
+
+def compare(ours, theirs, z, how="difference", n=1000):
+    """Hypervolumes of two methods, paired over prompts."""
+    counts = with_all(ours[0].shape[1], n)
+    return paired(hypervolumes(ours, z, counts), hypervolumes(theirs, z, counts), how)
 
 
 def spread(points, prompts=40, noise=0.0, seed=0):
@@ -52,12 +63,19 @@ def test_so_has_calibrated_dpo_on_opposed_pairs():
     logits = np.log(np.clip(GRID[:, :1], 1e-3, None)) - np.log(np.clip(GRID[:, 1:], 1e-3, None))
     front = -np.logaddexp(0, -np.concatenate([logits, -logits], axis=1))
     assert hypervolume(front, Z) == pytest.approx(7.17, abs=0.01)
-    assert np.allclose(reference("dpo", front[:1, None]), Z)
 
 
-def test_the_reference_of_sft_is_the_base():
-    base = np.array([[[-30.0, np.nan], [-20.0, -8.0]]])
-    assert reference("sft", base).tolist() == [-25.0, -8.0]
+def test_from_far_away_even_one_model_for_all_preferences_has_nine_tenths():
+    blind = np.full((11, 2), -math.log(2))
+    shares = [hypervolume(blind, z) / hypervolume(mixture_front(GRID), z) for z in (Z, Z - 17)]
+    assert shares[0] == pytest.approx(0.74, abs=0.01)
+    assert shares[1] > 0.9
+
+
+def test_values_at_vertices_are_those_of_the_own_dimension():
+    values = np.array([[[-30.0, np.nan], [-20.0, -8.0]], [[-1.0, np.nan], [-2.0, -3.0]]])
+    assert vertex_values(np.eye(2), values).tolist() == [-25.0, -3.0]
+    assert vertex_values(np.eye(2)[::-1], values).tolist() == [-1.5, -8.0]
 
 
 @given(seed=st.integers(0, 1000))
@@ -109,10 +127,13 @@ def test_seeds_are_averaged():
     assert found == pytest.approx(np.mean(apart))
 
 
-def test_other_prompts_cannot_be_paired():
-    points = mixture_front(GRID)
-    with pytest.raises(ValueError, match="same held-out prompts"):
-        compare([spread(points)], [spread(points, prompts=39)], Z)
+def test_a_ratio_to_nothing_is_0():
+    assert paired(np.ones(4), np.zeros(4), "ratio").value == 0
+
+
+def test_all_prompts_stand_before_their_draws():
+    assert (with_all(5, 3)[0] == 1).all()
+    assert np.array_equal(with_all(5, 3)[1:], draws(5, 3))
 
 
 def test_the_worst_rank_correlation_is_the_least_of_all():
