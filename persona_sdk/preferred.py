@@ -7,7 +7,6 @@ a cube of its own in its owner's history, so it reaches the adapters that a grou
 later. It is checked when it is said. When it is read, what an adapter cannot use any more is passed over.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,6 +18,9 @@ from persona_sdk.errors import InvalidInputError
 from persona_sdk.memory import CubeDraft, CubeHeader, MemCube
 
 SEMANTIC_TYPE = "preference"  # of kind parametric; the texts of that type are something else
+
+
+_LARGEST = 1e6
 
 
 class PreferenceFacts(FrozenConfig):
@@ -45,8 +47,10 @@ def draft(weights: Mapping[str, float], reach: Sequence[tuple[Adapter, State]]) 
                 hint=f"Known: {', '.join(sorted(known))}." if known else "Attach one that has preferences.",
             )
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise InvalidInputError(f"{name}={value!r} cannot be preferred.", hint="Expected a number.")
+        if not number or not abs(value) <= _LARGEST:  # true for NaN too
+            raise InvalidInputError(
+                f"{name}={value!r:.40} cannot be preferred.", hint=f"Expected at most {_LARGEST:g} in size."
+            )
     for adapter, state in reach:
         steered(adapter, state, weights)
     facts = PreferenceFacts(weights={name: float(value) for name, value in weights.items()})
