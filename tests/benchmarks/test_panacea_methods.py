@@ -205,7 +205,7 @@ def test_every_kind_trains_and_is_evaluated(tiny, kind, study):
         assert method.tokens > 0
         flat = np.ptp(scores.values, axis=0).max() < 1e-3
         assert flat == (kind in ("joint", "scale_at_0")), name
-    runs = {"experts": 2, "one_per_vector": 3}.get(kind, 1)
+    runs = {"experts": 2, "oracle": 2, "one_per_vector": 3}.get(kind, 1)
     assert {method.runs for method in made.values()} == {runs}
 
 
