@@ -12,7 +12,7 @@ Low-rank bundles use one convention everywhere: ``"<module path>.A"`` with shape
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -46,9 +46,13 @@ class LazyBundle(Mapping[str, Tensor]):
         return len(self.read())
 
 
-def present(bundle: TensorBundle) -> TensorBundle:
-    """The bundle itself, or what a lazy one reads now."""
-    return present(bundle.read()) if isinstance(bundle, LazyBundle) else bundle
+def present(bundle: Any) -> TensorBundle:
+    """The bundle itself, or what a lazy one reads now.
+
+    The argument is `Any`, as a runtime check of its type would read a lazy bundle, and hide why that fails.
+    """
+    found: TensorBundle = present(bundle.read()) if isinstance(bundle, LazyBundle) else bundle
+    return found
 
 
 def freeze(tensors: Mapping[str, Tensor]) -> TensorBundle:
