@@ -6,9 +6,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, inspect
 
 from persona_sdk.errors import SchemaError, StoreError
 from persona_sdk.memory import CubeDraft, MemoryStore, database
@@ -43,6 +46,20 @@ def columns(file: Path) -> set[str]:
 
 def test_migrations_and_tables_agree(store: MemoryStore) -> None:
     with store.reading() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_a_store_from_before_the_indexes_gets_them(folder: Path) -> None:
+    folder.mkdir()
+    engine = create_engine(f"sqlite:///{folder / 'personas.db'}")
+    config = Config()
+    config.set_main_option("script_location", str(database.MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003")
+        assert "cubes_by_slot" not in {index["name"] for index in inspect(connection).get_indexes("cubes")}
+    engine.dispose()
+    with MemoryStore.open(folder) as store, store.reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
 

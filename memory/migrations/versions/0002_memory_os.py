@@ -33,12 +33,6 @@ def _cube_key() -> tuple[sa.Column[str], sa.Column[str]]:
 def upgrade() -> None:
     for name in ("slot", "valid_from", "valid_to", "expires_at"):
         op.add_column("cubes", sa.Column(name, sa.String()))
-    op.create_index("cubes_by_slot", "cubes", ["owner", "slot"])
-    op.create_index("cubes_by_expiry", "cubes", ["expires_at"])
-    op.create_index("memberships_by_start", "memberships", ["owner", "from_revision"])
-    op.create_index("memberships_by_end", "memberships", ["owner", "to_revision", "cube_id"])
-    op.drop_index("memberships_of_owner", "memberships")
-    op.create_index("memberships_of_owner", "memberships", ["owner", "cube_id", "from_revision"])
     op.add_column("tombstones", sa.Column("reason", sa.String(), nullable=False, server_default="forgotten"))
     moves = op.create_table(
         "moves", *(_text(name, primary_key=True) for name in ("owner", "before", "state"))
