@@ -105,8 +105,7 @@ def read_tensors(path: Path) -> tuple[TensorBundle, dict[str, str]]:
         raise IncompatibleAdapterError(
             f"{path.name} is damaged: {error}.", hint="Copy the adapter again from where it came."
         ) from error
-    for name, tensor in tensors.items():
-        require_finite(name, tensor)
+    require_finite(tensors)
     return freeze(tensors), header
 
 
@@ -148,17 +147,18 @@ def read_adapter(
     return tensors, header[BASE], config
 
 
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Raise `IncompatibleAdapterError` unless the tensor holds finite floats."""
-    if not tensor.is_floating_point():
-        raise IncompatibleAdapterError(
-            f"Tensor {name!r} has dtype {str(tensor.dtype).removeprefix('torch.')}.",
-            hint="Expected floating point weights; dequantize the adapter before saving it.",
-        )
-    if not bool(torch.isfinite(tensor.float()).all()):
-        raise IncompatibleAdapterError(
-            f"Tensor {name!r} holds NaN or infinity.", hint="The adapter diverged; train it again."
-        )
+def require_finite(bundle: TensorBundle) -> None:
+    """Raise `IncompatibleAdapterError` unless every tensor holds finite floats."""
+    for name, tensor in bundle.items():
+        if not tensor.is_floating_point():
+            raise IncompatibleAdapterError(
+                f"Tensor {name!r} has dtype {str(tensor.dtype).removeprefix('torch.')}.",
+                hint="Expected floating point weights; dequantize the adapter before saving it.",
+            )
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise IncompatibleAdapterError(
+                f"Tensor {name!r} holds NaN or infinity.", hint="The adapter diverged; train it again."
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from persona_sdk.adapters.base import Adapter, AdapterRequest, State, language_m
 from persona_sdk.adapters.checkpoints import Checkpoints
 from persona_sdk.adapters.evaluation import Evaluation
 from persona_sdk.adapters.training import TrainingOptions, TrainingReport, train_low_rank
+from persona_sdk.config import ConfigT
 from persona_sdk.errors import IncompatibleAdapterError, InvalidInputError, UnsupportedAdapterError
 from persona_sdk.models import LanguageModel
 from persona_sdk.plan import Contribution, LowRankPatch
@@ -84,8 +85,7 @@ class LoRA(Adapter):
                 f"The tensors have rank {rank} and the configuration says {self.config.rank}.",
                 hint="Pass the configuration that belongs to the tensors.",
             )
-        for name, tensor in self.tensors.items():
-            folders.require_finite(name, tensor)
+        folders.require_finite(self.tensors)
 
     @classmethod
     def train(
@@ -265,8 +265,8 @@ def select_modules(model: LanguageModel, targets: Literal["all"] | Sequence[str]
     return tuple(path for path in available if path in wanted)
 
 
-def bound(options: LoRAConfig, base: LanguageModel, modules: Sequence[str]) -> LoRAConfig:
-    """The configuration with what a PEFT folder must say about the base."""
+def bound(options: ConfigT, base: LanguageModel, modules: Sequence[str]) -> ConfigT:
+    """A configuration that exports to PEFT, with what its folder must say about the base."""
     facts = {
         "base_model_name_or_path": base.name,
         "fan_in_fan_out": peft_format.is_transposed(base, modules),

@@ -23,13 +23,16 @@ References: Rafailov et al. 2023, DPO, arXiv 2305.18290; Ahmadian et al. 2024, R
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from persona_sdk.adapters.training_data import IGNORED
+from persona_sdk.adapters.training_data import IGNORED, Row, collate, pad_token
+from persona_sdk.models import LanguageModel
 
 
 def log_likelihood(
@@ -52,6 +55,33 @@ def log_likelihood(
     nats = -F.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
     per_token = nats.new_zeros(targets.shape).masked_scatter(counted, nats)
     return per_token.sum(-1)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    batch: int,
+    *,
+    advance: Callable[[], None] = lambda: None,
+) -> Float[Tensor, " rows"]:
+    """`log_likelihood` of every row, on the CPU, with rows of like length together.
+
+    Args:
+        model: its module is run as it is, with whatever adapter is in it.
+        rows: encoded rows.
+        batch: rows at once.
+        advance: called after every batch.
+    """
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
+    found = torch.empty(len(rows))
+    for first in range(0, len(order), batch):
+        places = order[first : first + batch]
+        encoded = collate([rows[place] for place in places], pad_token(model.tokenizer))
+        parts = (encoded[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
+        found[places] = log_likelihood(model.module, *parts).float().cpu()
+        advance()
+    return found
 
 
 def direct_preference(

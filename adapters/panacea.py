@@ -29,7 +29,7 @@ import torch
 from persona_sdk.adapters import folders, lowrank, peft_format, svd_lora
 from persona_sdk.adapters.base import Adapter, AdapterRequest, State, language_model
 from persona_sdk.adapters.checkpoints import Checkpoints
-from persona_sdk.adapters.lora import select_modules
+from persona_sdk.adapters.lora import bound, select_modules
 from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preference_data import Reward
 from persona_sdk.adapters.preference_training import train
@@ -66,8 +66,7 @@ class Panacea(Adapter):
 
     def __post_init__(self) -> None:
         svd_lora.check(self.tensors, self.config.shape)
-        for name, tensor in self.tensors.items():
-            folders.require_finite(name, tensor)
+        folders.require_finite(self.tensors)
 
     @classmethod
     def train(
@@ -111,7 +110,7 @@ class Panacea(Adapter):
             progress=progress,
             callbacks=callbacks,
         )
-        return cls(base=base.fingerprint, config=bound(options, base), tensors=tensors, report=report)
+        return cls(base=base.fingerprint, config=_bound(options, base), tensors=tensors, report=report)
 
     @classmethod
     def random(cls, model: Any, config: Any, *, std: float = 0.02) -> Self:
@@ -123,7 +122,7 @@ class Panacea(Adapter):
             for name, tensor in sorted(tensors.items())
             if name.endswith((".sigma", ".s"))
         }
-        return cls(base=base.fingerprint, config=bound(options, base), tensors=freeze({**tensors, **noise}))
+        return cls(base=base.fingerprint, config=_bound(options, base), tensors=freeze({**tensors, **noise}))
 
     @property
     def factors(self) -> TensorBundle:
@@ -238,12 +237,5 @@ def initial_tensors(base: LanguageModel, options: PanaceaConfig) -> tuple[Tensor
     return freeze(tensors), generator
 
 
-def bound(options: PanaceaConfig, base: LanguageModel) -> PanaceaConfig:
-    """The configuration with what a PEFT folder must say about the base."""
-    modules = select_modules(base, options.target_modules)
-    return options.model_copy(
-        update={
-            "base_model_name_or_path": base.name,
-            "fan_in_fan_out": peft_format.is_transposed(base, modules),
-        }
-    )
+def _bound(options: PanaceaConfig, base: LanguageModel) -> PanaceaConfig:
+    return bound(options, base, select_modules(base, options.target_modules))

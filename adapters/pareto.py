@@ -14,7 +14,7 @@ prompt otherwise; higher is better. Likelihoods are not sampled: a difference be
 model, up to the choice of examples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preference_data import Objective, Reward, encode_examples
 from persona_sdk.adapters.preference_likelihood import objectives, with_reference
 from persona_sdk.adapters.preference_rewards import check_rewards, encode_prompts, sampled_rewards
@@ -33,7 +34,6 @@ from persona_sdk.models import LanguageModel
 
 if TYPE_CHECKING:
     from persona_sdk.adapters.panacea import Panacea
-from persona_sdk.adapters.panacea_config import PanaceaConfig
 
 # λ -> J of every example, a tensor a dimension; None is the base model
 Objectives: TypeAlias = Callable[[Tensor | None], list[Tensor]]
@@ -50,7 +50,7 @@ class Measured:
     @property
     def values(self) -> Float[Tensor, "n m"]:
         """Means over examples."""
-        return torch.stack([values.mean(1) for values in self.examples], dim=1)
+        return means(self.examples)
 
 
 def evaluate(
@@ -81,7 +81,8 @@ def evaluate(
     points = grid(len(config.dimensions)) if preferences is None else preferences
     with svd_layers(own, adapter.tensors, config.shape) as layers:
         own.module.eval()
-        return measure(held_out_objectives(own, layers, config, held_out, rewards), points, advance=advance)
+        of = held_out_objectives(own, layers, config, held_out, rewards)
+        return Measured(points, measure(of, points, advance=advance), means(of(None)))
 
 
 def held_out_objectives(
@@ -111,14 +112,18 @@ def held_out_objectives(
 
 def measure(
     of: Objectives, preferences: Float[Tensor, "n m"], *, advance: Callable[[], None] = lambda: None
-) -> Measured:
-    """The objectives at every preference vector, and of the base model."""
-    base, found = of(None), []
+) -> tuple[Tensor, ...]:
+    """The objectives of every example at every preference vector, ``[n, examples]`` for each dimension."""
+    found = []
     for point in preferences:
         found.append(of(point))
         advance()
-    columns = tuple(torch.stack(list(column)) for column in zip(*found, strict=True))
-    return Measured(preferences, columns, torch.stack([values.mean() for values in base]))
+    return tuple(torch.stack(list(column)) for column in zip(*found, strict=True))
+
+
+def means(examples: Sequence[Tensor]) -> Float[Tensor, "*n m"]:
+    """Means over the examples of each dimension."""
+    return torch.stack([values.mean(-1) for values in examples], dim=-1)
 
 
 def reference_point(base: Float[Tensor, " m"], objective: Objective) -> Float[Tensor, " m"]:

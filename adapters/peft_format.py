@@ -120,8 +120,7 @@ def write(
 
     bundle = lowrank.pad_rank(tensors)
     rank, modules = lowrank.rank_of(bundle), lowrank.modules_of(bundle)
-    for name, tensor in bundle.items():
-        folders.require_finite(name, tensor)
+    folders.require_finite(bundle)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,

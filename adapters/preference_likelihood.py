@@ -18,12 +18,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from persona_sdk.adapters.aggregation import aggregate
-from persona_sdk.adapters.objectives import direct_preference, log_likelihood
+from persona_sdk.adapters.objectives import direct_preference, log_likelihood, log_likelihoods
 from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preference_data import Example, items
 from persona_sdk.adapters.preference_student import Student
 from persona_sdk.adapters.svd_layers import Layers
-from persona_sdk.adapters.training_data import IGNORED, Row, collate, pad_token
+from persona_sdk.adapters.training_data import IGNORED, collate
 from persona_sdk.models import LanguageModel
 
 
@@ -116,32 +116,13 @@ def mean_length(examples: Mapping[str, Sequence[Example]]) -> float:
     return float(np.mean([sum(label != IGNORED for label in row["labels"]) for row in rows]))
 
 
-@torch.no_grad()
-def log_likelihoods(
-    model: LanguageModel,
-    layers: Layers,
-    rows: Sequence[Row],
-    preference: Float[Tensor, " m"] | None,
-    batch: int,
-) -> Float[Tensor, " rows"]:
-    """Log-likelihood of the reply of each row under λ; None is the base model."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
-    found = torch.empty(len(rows))
-    with layers.preference.at(None if preference is None else preference.to(model.device)):
-        for first in range(0, len(order), batch):
-            places = order[first : first + batch]
-            encoded = collate([rows[place] for place in places], pad_token(model.tokenizer))
-            parts = (encoded[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
-            found[places] = log_likelihood(model.module, *parts).float().cpu()
-    return found
-
-
 def with_reference(
     model: LanguageModel, layers: Layers, examples: Mapping[str, Sequence[Example]], batch: int
 ) -> dict[str, list[Example]]:
     """The examples with the base model's log-likelihood of every row, computed once."""
     rows = [row for found in examples.values() for each in found for row in each.rows]
-    values = iter(log_likelihoods(model, layers, rows, None, batch).tolist())
+    with layers.preference.at(None):
+        values = iter(log_likelihoods(model, rows, batch).tolist())
     return {
         name: [replace(each, reference=tuple(next(values) for _ in each.rows)) for each in found]
         for name, found in examples.items()
@@ -160,6 +141,7 @@ def objectives(
     rows = [row for found in examples.values() for each in found for row in each.rows]
     known = [value for found in examples.values() for each in found for value in each.reference]
     reference = torch.tensor(known or [0.0] * len(rows))  # SFT has none
-    found = log_likelihoods(model, layers, rows, preference, options.per_device_eval_batch_size)
+    with layers.preference.at(None if preference is None else preference.to(model.device)):
+        found = log_likelihoods(model, rows, options.per_device_eval_batch_size)
     values = objective_of(found, reference, sides, options.beta)
     return list(torch.split(values, [len(found) for found in examples.values()]))

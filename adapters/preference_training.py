@@ -17,7 +17,7 @@ from persona_sdk.adapters.checkpoints import Checkpoints
 from persona_sdk.adapters.dominance import hypervolume
 from persona_sdk.adapters.evaluation import Evaluation
 from persona_sdk.adapters.panacea_config import PanaceaConfig
-from persona_sdk.adapters.pareto import held_out_objectives, measure, reference_point
+from persona_sdk.adapters.pareto import held_out_objectives, means, measure, reference_point
 from persona_sdk.adapters.preference_data import Reward, encode_examples
 from persona_sdk.adapters.preference_likelihood import (
     LikelihoodStudent,
@@ -123,10 +123,10 @@ def _hypervolume(
     points = grid(m, _DIVISIONS.get(m, 1))
     if m not in _DIVISIONS:
         points = torch.cat([points, torch.full((1, m), 1 / m)])
-    z = reference_point(torch.stack([values.mean() for values in of(None)]), options.objective)
+    z = reference_point(means(of(None)), options.objective)
     hypervolume(z[None], z)  # the library that computes it may be missing: better now than later
 
     def score() -> float:
-        return hypervolume(measure(of, points).values, z)
+        return hypervolume(means(measure(of, points)), z)
 
     return score

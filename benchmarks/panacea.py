@@ -167,6 +167,7 @@ class _Run:
         self._options = options
         self._model: LanguageModel | None = None
         self._studies: dict[str, panacea_data.Study | None] = {}
+        self._bases: dict[str, Base] = {}
 
     def study(self, name: str, seed: int, cells: Cells) -> dict[str, Any]:
         """What every method gave on one part at one seed; empty without the data."""
@@ -182,8 +183,8 @@ class _Run:
                 continue
             print(f"{name}, seed {seed}: {kind}", file=sys.stderr, flush=True)
             key = f"{name}-{kind}-{seed}-{digest}"
-            methods |= cells.run(key, lambda k=kind: self._method(k, study, options, part))
-        base = cells.run(f"{name}-base-{digest}", lambda: self._base(study, options))
+            methods |= cells.run(key, lambda k=kind: self._method(k, name, study, options))
+        base = cells.run(f"{name}-base-{digest}", lambda: self._base(name, study, options).scores.as_dict())
         return {
             "dimensions": list(study.dimensions),
             "objective": study.objective,
@@ -204,20 +205,21 @@ class _Run:
         facts = [*fields, study.train, study.held_out, self._divisions(study)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
 
-    def _base(self, study: panacea_data.Study, options: PanaceaConfig) -> dict[str, Any]:
-        return Base(study, self._score(), options.beta).scores.as_dict()
+    def _base(self, name: str, study: panacea_data.Study, options: PanaceaConfig) -> Base:
+        if name not in self._bases:
+            self._bases[name] = Base(study, self._score(), options.beta)
+        return self._bases[name]
 
     def _method(
-        self, kind: str, study: panacea_data.Study, options: PanaceaConfig, part: Part
+        self, kind: str, name: str, study: panacea_data.Study, options: PanaceaConfig
     ) -> dict[str, Any]:
-        score = self._score()
-        base = Base(study, score, options.beta)
-        fit = Fit(self._loaded(), study, options, score, self._divisions(study), part.ours)
+        base = self._base(name, study, options)
+        fit = Fit(self._loaded(), study, options, self._score(), self._divisions(study), PARTS[name].ours)
         found = {}
-        for name, method in KINDS[kind](fit).items():
+        for title, method in KINDS[kind](fit).items():
             scores = evaluate(method.policy, method.preferences, study, base)
             account = {each: getattr(method, each) for each in ("runs", "steps", "tokens", "seconds")}
-            found[name] = {**account, "scores": scores.as_dict()}
+            found[title] = {**account, "scores": scores.as_dict()}
         return found
 
     def _fields(self, part: Part) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from benchmarks import panacea_styles
+from persona_sdk.adapters.preference_data import by_label
 
 Example: TypeAlias = dict[str, str]  # prompt and completion, or prompt, chosen and rejected
 Examples: TypeAlias = Mapping[str, Sequence[Example]]
@@ -78,10 +79,9 @@ def by_dimension(pairs: Sequence[Mapping[str, Any]], dimensions: Sequence[str]) 
     """Labelled pairs as chosen and rejected of every dimension that labels them."""
     found: dict[str, list[Example]] = {name: [] for name in dimensions}
     for pair in pairs:
-        for name in found.keys() & pair["better"].keys():
-            winner = pair["better"][name]
-            sides = {"chosen": pair[f"response_{winner}"], "rejected": pair[f"response_{1 - winner}"]}
-            found[name].append({"prompt": pair["prompt"], **sides})
+        for name, example in by_label(pair):
+            if name in found:
+                found[name].append(example)
     return found
 
 

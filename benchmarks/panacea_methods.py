@@ -40,11 +40,11 @@ from torch import Tensor
 
 from benchmarks.panacea_data import Example, Examples, Study
 from persona_sdk.adapters import lowrank, svd_lora
-from persona_sdk.adapters.objectives import log_likelihood
+from persona_sdk.adapters.objectives import log_likelihoods
 from persona_sdk.adapters.panacea import Panacea
 from persona_sdk.adapters.panacea_config import PanaceaConfig
 from persona_sdk.adapters.preferences import grid
-from persona_sdk.adapters.training_data import collate, encode_rows, pad_token
+from persona_sdk.adapters.training_data import encode_rows
 from persona_sdk.adapters.twin import applied, twin
 from persona_sdk.models import LanguageModel
 from persona_sdk.tensors import TensorBundle
@@ -68,20 +68,11 @@ class Scorer:
         self._model, self._batch, self._tell = twin(model), batch, tell
         self._model.module.eval()
 
-    @torch.no_grad()
     def __call__(self, bundle: TensorBundle | None, pairs: Sequence[Pair]) -> Float[Tensor, " rows"]:
         """Nats of each reply with its end token; None is the base."""
-        model, found = self._model, torch.empty(len(pairs))
-        rows = encode_rows(model.tokenizer, pairs, model.context_length)
-        order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
-        with applied(model, bundle) as module:
-            for first in range(0, len(order), self._batch):
-                places = order[first : first + self._batch]
-                batch = collate([rows[place] for place in places], pad_token(model.tokenizer))
-                parts = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
-                found[places] = log_likelihood(module, *parts).float().cpu()
-                self._tell()
-        return found
+        rows = encode_rows(self._model.tokenizer, pairs, self._model.context_length)
+        with applied(self._model, bundle):
+            return log_likelihoods(self._model, rows, self._batch, advance=self._tell)
 
 
 class Policy(ABC):

@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from persona_sdk.errors import InvalidInputError
 
-ConfigT = TypeVar("ConfigT", bound="FrozenConfig")
-
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+\-]{0,127}")
 
 
@@ -40,6 +38,9 @@ class FrozenConfig(BaseModel):
     def from_options(cls, given: Any = None) -> Self:
         """Options that may be given as an instance, a mapping, or None for the defaults; see `parse`."""
         return given if isinstance(given, cls) else cls.parse(dict(given or {}))
+
+
+ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
 
 class GenerationOptions(FrozenConfig):
